@@ -47,11 +47,10 @@ class Letter(TypedDict):
 
 def parse(raw: Mapping[bytes, bytes]) -> dict[str, Letter]:
     """From the hash: id → letter."""
-    return {name.decode(errors="backslashreplace"): read(value) for name, value in raw.items()}
+    return {name.decode(errors="backslashreplace"): _letter(value) for name, value in raw.items()}
 
 
-def read(value: bytes) -> Letter:
-    """One letter; `spoiled` for what is none."""
+def _letter(value: bytes) -> Letter:
     try:
         letter: Letter = json.loads(value)
         texts = [letter["kind"], letter["model"], *(crash["worker"] for crash in letter["history"])]
@@ -62,12 +61,6 @@ def read(value: bytes) -> Letter:
         return spoiled(value)
     readable = isinstance(size, int) and all(isinstance(text, str) for text in texts)
     return letter if readable else spoiled(value)
-
-
-def written(letter: Letter) -> float | None:
-    """When a letter was written, seconds since the epoch; None where it does not say so."""
-    times: list[object] = [crash.get("time") for crash in letter["history"]]
-    return max((time for time in times if isinstance(time, int | float) and not isinstance(time, bool)), default=None)
 
 
 def spoiled(value: bytes) -> Letter:

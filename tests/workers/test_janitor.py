@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from stoker.broker.ledger.replies import recovered
 from stoker.client.submission import job_record
 from stoker.contract import CONTRACT, GenerateRequest, ModelCard
 from stoker.settings import Settings
-from workers.services.janitor import LETTERS_EVERY, Janitor
+from workers.services.janitor import Janitor
 
 
 class Ledger:
@@ -191,53 +190,6 @@ def test_letters_that_another_program_gave_no_end_go_in_their_time(redis: Any, l
     redis.delete(keys.JANITOR)
     worker(redis).round()
     assert redis.ttl(keys.DEAD) <= 100, "letters that have an end keep it"
-
-
-def letter(*times: object) -> str:
-    history = [{"worker": "w", "time": time} for time in times]
-    return json.dumps({"kind": "train", "model": "m", "request": "{}", "client": "", "history": history})
-
-
-def test_a_dead_letter_goes_in_its_time_though_others_come(redis: Any, looks: Ledger) -> None:
-    now = redis.time()[0]
-    old, young = now - keys.DEAD_TTL - 60, now - keys.DEAD_TTL + 600
-    kept = {
-        "young": letter(young), "died again": letter(old, now), "no time": letter(), "odd": "{", "a list": "[]",
-        "times": letter("yesterday", None, True), "infinite": letter(float("inf")),
-        "huge": letter(10**400), "no number": letter(float("nan")),
-    }  # fmt: skip
-    redis.hset(keys.DEAD, mapping={"old": letter(old), "twice": letter(old - 5, old), **kept})
-    redis.expire(keys.DEAD, 100)
-    worker(redis).round()
-    assert {name.decode() for name in redis.hkeys(keys.DEAD)} == set(kept)
-
-
-def test_letters_are_looked_at_once_an_hour(redis: Any, looks: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    janitor, now = worker(redis), float(redis.time()[0])
-    monkeypatch.setattr("workers.services.janitor.clock.now", lambda redis: now)
-    for passed, left in ((0.0, 0), (LETTERS_EVERY - 1, 1), (1.0, 0)):
-        now += passed
-        redis.hset(keys.DEAD, "old", letter(1.0))
-        redis.expire(keys.DEAD, 100)
-        redis.delete(keys.JANITOR)
-        janitor.round()
-        assert redis.hlen(keys.DEAD) == left
-
-
-def test_a_letter_that_is_written_anew_meanwhile_stays(redis: Any, looks: Ledger) -> None:
-    class Meanwhile:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(redis, name)
-
-        def hget(self, key: str, name: bytes) -> bytes | None:
-            found: bytes | None = redis.hget(key, name)
-            redis.hset(keys.DEAD, "job", letter(float(redis.time()[0])))
-            return found
-
-    redis.hset(keys.DEAD, "job", letter(1.0))
-    redis.expire(keys.DEAD, 100)
-    worker(Meanwhile()).round()
-    assert redis.hexists(keys.DEAD, "job")
 
 
 def test_jobs_of_a_model_that_nobody_holds_any_more_end_at_the_next_round(redis: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from redis.exceptions import ResponseError
 
-from stoker.broker import keys, ledger, letters
+from stoker.broker import keys, ledger
 from stoker.broker.connection import passes
 from stoker.broker.ledger import vectors
 from stoker.contract import CONTRACT, ModelCard
@@ -24,12 +24,6 @@ from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks of a worker at how old the dead letters are, of which each has what was asked.
-LETTERS_EVERY = 3600.0
-
-#: KEYS: the dead letters. ARGV: an id, the letter that is to go. The job may have died again meanwhile.
-_LET_GO = "if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end"
-
 #: Keys that say who does something now. Both expire: a value that does not is nobody's, and would stop it for ever.
 TURNS = (keys.JANITOR, f"{keys.PREFIX}unacked_mutex")
 
@@ -39,8 +33,6 @@ class Janitor:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime, self._orphans = runtime, Orphans(runtime)
-        #: When this worker looked at the letters last, by the broker's clock.
-        self._looked = 0.0
 
     def round(self) -> None:
         """Look at every queue of every known model, if nobody else has just done it."""
@@ -60,19 +52,6 @@ class Janitor:
             for kind in card.kinds:
                 self._recover(keys.queue(card.model, kind), every)
             self._sweep(card)
-        self._let_old_letters_go(clock.now(redis))
-
-    def _let_old_letters_go(self, now: float) -> None:
-        """The table lives for as long as letters come; what the retry of an old one needs is gone by then."""
-        if now - self._looked < LETTERS_EVERY:
-            return
-        self._looked = now
-        redis = self._runtime.redis
-        for name in redis.hkeys(keys.DEAD):
-            raw = redis.hget(keys.DEAD, name)
-            written = letters.written(letters.read(raw)) if raw is not None else None
-            if written is not None and written < now - keys.DEAD_TTL and redis.eval(_LET_GO, 1, keys.DEAD, name, raw):
-                log.info("the dead letter %s was deleted: it is older than 30 days", name.decode(errors="replace"))
 
     def _look_at_memory(self) -> None:
         """A user, or a host, that does not let a worker ask for it must not keep lost messages from being found."""
