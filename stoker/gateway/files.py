@@ -161,7 +161,7 @@ class ContentResponse:
         self._store, self._record = store, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `Refused` where nothing was sent yet, and for a client that reads nothing any more."""
+        """Raises `Refused` where nothing was sent yet, and for a client that has left, or reads nothing any more."""
         headers = {
             "content-type": "application/octet-stream",
             "content-length": str(self._record.bytes),
@@ -172,20 +172,32 @@ class ContentResponse:
             "status": 200,
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
         }
-        async with aclosing(self._store.read(self._record)) as parts:
-            # Before the first one is there nothing is promised.
-            part = await anext(parts, b"")
-            await send(start)
-            while part:
-                await _sent(send, part)
+        gone = asyncio.ensure_future(_left(receive))
+        try:
+            async with aclosing(self._store.read(self._record)) as parts:
+                # Before the first one is there nothing is promised.
                 part = await anext(parts, b"")
+                await send(start)
+                while part:
+                    await _sent(send, part, gone)
+                    part = await anext(parts, b"")
+        finally:
+            gone.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _sent(send: Send, part: bytes) -> None:
+async def _left(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _sent(send: Send, part: bytes, gone: asyncio.Future[None]) -> None:
     """In pieces: one may take a slow client some time."""
     view = memoryview(part)
     for start in range(0, len(view), 2**16):
+        if gone.done():
+            raise Refused(499, "the client has gone.", code="client_gone")
         try:
             async with asyncio.timeout(SLOW):
                 body = bytes(view[start : start + 2**16])

@@ -544,19 +544,47 @@ def test_a_client_that_reads_no_more_of_a_file_counts_as_gone(monkeypatch: pytes
         if len(sent) == 3 and slow:
             await asyncio.wait_for(asyncio.Event().wait(), 20)
 
+    async def stays() -> Any:
+        await asyncio.Event().wait()
+
     store: Any = SimpleNamespace(read=read)
-    unused: Any = None
     slow = True
-    assert refusal(lambda: asyncio.run(files.ContentResponse(store, record)({}, unused, take))).code == "client_gone"
+    assert refusal(lambda: asyncio.run(files.ContentResponse(store, record)({}, stays, take))).code == "client_gone"
     slow = False
     sent.clear()
-    asyncio.run(files.ContentResponse(store, record)({}, unused, take))
+    asyncio.run(files.ContentResponse(store, record)({}, stays, take))
     assert [len(message.get("body", b"")) for message in sent] == [0, 2**16, 2**16, 0]
     assert [message.get("more_body") for message in sent] == [None, True, True, False]
     assert dict(sent[0]["headers"]) == {
         b"content-type": b"application/octet-stream", b"content-length": b"131072",
         b"content-disposition": b"attachment; filename*=utf-8''gr%C3%B6%C3%9Fe.jsonl",
     }  # fmt: skip
+
+
+def test_of_a_file_whose_client_has_left_no_further_part_is_read() -> None:
+    """The server takes what is sent to a client that is not there, as fast as it comes."""
+    record = FileRecord(
+        id="file-1", owner="o", filename="f", purpose="batch", created=5, expires=70, place="p", bytes=9
+    )
+    parts = list[int]()
+
+    async def read(_: FileRecord) -> AsyncIterator[bytes]:
+        for number in range(100):
+            parts.append(number)
+            await asyncio.sleep(0)
+            yield b"x"
+
+    async def leaves() -> Any:
+        while len(parts) < 10:
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    async def take(message: Any) -> None:
+        """Nobody is there."""
+
+    store: Any = SimpleNamespace(read=read)
+    assert refusal(lambda: asyncio.run(files.ContentResponse(store, record)({}, leaves, take))).code == "client_gone"
+    assert 10 <= len(parts) < 20
 
 
 def test_a_file_is_shown_as_its_vendor_does() -> None:
