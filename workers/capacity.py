@@ -163,5 +163,5 @@ class Lanes:
                 self.wake()
 
     def _stands_since(self, kind: str, seconds: float) -> bool:
-        """Whether a lane has had its size for so long."""
+        """Whether a lane has had its size for that many seconds."""
         return time.monotonic() - self._shrunk.get(kind, -math.inf) >= seconds
