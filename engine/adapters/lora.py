@@ -49,6 +49,15 @@ class LoraWeights:
         return sum(array.nbytes for sides in self.matrices.values() for array in sides.values())
 
 
+def same(first: Matrices, second: Matrices) -> bool:
+    """Whether all numbers of two adapters are the same, layer by layer and side by side."""
+    return first.keys() == second.keys() and all(
+        sides.keys() == second[name].keys()
+        and all(bool(mx.array_equal(array, second[name][side])) for side, array in sides.items())
+        for name, sides in first.items()
+    )
+
+
 def target_shapes(shapes: Mapping[str, tuple[int, int]], targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """The layers of a model, name → (in, out), that are one of `targets` or end with one, as in PEFT."""
     endings = tuple(f".{target}" for target in targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.adapters import peft
-from engine.adapters.lora import LoraWeights
+from engine.adapters.lora import LoraWeights, same
 from engine.platform.jsonfiles import NOTES_FILE as NOTES_FILE
 from engine.platform.jsonfiles import read_object, write_json
 from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, checked, follows
 from stoker.errors import ModelError, UnknownAdapter
 from stoker.files.durable import draft_folder, flush, publish, sweep
+
+log = logging.getLogger(__name__)
 
 
 class AdapterStore:
@@ -85,6 +88,38 @@ class AdapterStore:
                 number = version or max(_versions(home), default=0) + 1
                 if publish(draft, home / str(number)) or version is not None:
                     return number
+
+    def adopt(
+        self,
+        model: str,
+        name: str,
+        weights: LoraWeights,
+        notes: Mapping[str, Any],
+        version: int,
+        shapes: Mapping[str, tuple[int, int]],
+    ) -> None:
+        """Have a version that is the same on every disk of a group. What is here under its number and is another, of
+        another registry or damaged, is set aside. `shapes`: of the model's layers, name → (in, out). Raises `OSError`.
+        """
+        if self.has(model, name, version) and not self._is(model, name, version, weights, shapes):
+            aside = self.set_aside(model, name, version)
+            log.warning(
+                "adapter %s@%d of %s: files here were others than rank 0 has; they are in %s",
+                name,
+                version,
+                model,
+                aside,
+            )
+        self.write(model, name, weights, notes, version)
+
+    def _is(
+        self, model: str, name: str, version: int, weights: LoraWeights, shapes: Mapping[str, tuple[int, int]]
+    ) -> bool:
+        try:
+            found = self.read(model, name, version, shapes)
+        except ModelError:
+            return False
+        return found.config.scale == weights.config.scale and same(found.matrices, weights.matrices)
 
     def maker(self, model: str, name: str, version: int) -> str | None:
         """The job that made a version; None where its files do not say."""

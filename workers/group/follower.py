@@ -141,7 +141,7 @@ class Follower:
         """Have the files of an adapter, whose version is the same wherever it lies."""
         lent, shapes = command.adapter, self._models[command.model].linear_shapes
         weights = lent.receive(self._ranks, shapes)
-        self._adapters.write(command.model, lent.name, weights, {"name": lent.name}, lent.version)
+        self._adapters.adopt(command.model, lent.name, weights, {"name": lent.name}, lent.version, shapes)
         self._pools[command.model].measure(lent.name, lent.version, weights)
 
     def _listen(self, channel: Channel, address: meeting.Address) -> None:

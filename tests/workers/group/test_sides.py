@@ -11,17 +11,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
+from engine.adapters.lora import same
+from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import load
-from engine.generation.followed import Admission, Answer
+from engine.generation.followed import Admission, Answer, LentAdapter
 from engine.generation.limits import LaneLimits
 from engine.training.ranks import ALONE
 from stoker.contract import GenerateRequest
 from stoker.errors import ConfigError, JobFailed, WorkerUnavailable
 from stoker.settings import load_settings
 from tests.conftest import wait_until
-from tests.engine import shared_model
+from tests.engine import shared_model, tiny
 from tests.engine.test_leading import Leading, cancels, mixed
 from workers.group import channel, follower, leader, meeting
 from workers.group.channel import Channel
@@ -37,6 +40,7 @@ from workers.group.plan import (
     Hello,
     Holds,
     Keep,
+    Lend,
     Measured,
     Open,
     Stop,
@@ -410,6 +414,40 @@ def test_a_rank_makes_the_turns_of_a_lane_as_rank_0_says_and_answers_each_with_w
     assert found == made
     following.channel.say(Stop())
     following.over()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_rank_serves_the_adapter_that_rank_0_has_though_its_disk_has_another_of_that_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bool
+) -> None:
+    """Its host may have served by itself: all ranks would choose the same tokens, of two adapters mixed."""
+    folder = shared_model.write(tmp_path / "model")
+    model = load("tiny", [str(folder)])
+    weights, others = tiny.adapter(model, 2, 1), tiny.adapter(model, 2, 2)
+    store = AdapterStore(load_settings().adapters)
+    mx.eval([each.matrices for each in (weights, others)])
+    store.write("tiny", "style", others, {})
+    if damaged:
+        (store.folder("tiny", "style", 1) / "adapter_model.safetensors").write_bytes(b"none")
+    store.write("tiny", "style", weights, {})
+    monkeypatch.setattr(LentAdapter, "receive", lambda *_: weights)
+    following = Following(monkeypatch, lambda: {"tiny": load("tiny", [str(folder)])})
+    assert [type(next(following.words)) for _ in range(2)] == [Hello, Holds]
+    for second in range(200):
+        # Its warm-up goes by them.
+        following.channel.say(Measured(seconds=float(second)))
+    following.channel.say(word_of(1, "open", LaneLimits()))
+    for number, version in enumerate((1, 2), 2):
+        lent = LentAdapter.of("style", version, weights)
+        following.channel.say(Lend(number=number, model="tiny", adapter=lent))
+    assert [next(following.words) for _ in range(3)] == [Done(number=number) for number in (1, 2, 3)]
+    following.channel.say(Stop())
+    following.over()
+    assert all(
+        same(store.read("tiny", "style", version, model.linear_shapes).matrices, weights.matrices) for version in (1, 2)
+    )
+    (aside,) = store.folder("tiny", "style", 1).parent.glob("*-*")
+    assert f"style@1 of tiny: files here were others than rank 0 has; they are in {aside}" in caplog.text
 
 
 def word_of(number: int, said: str, given: Any) -> Word:
