@@ -26,7 +26,8 @@ Adapter = Annotated[str, typer.Argument(help="NAME.", metavar="ADAPTER")]
 def list_adapters(model: Model = None, as_json: Json = False, url: Url = None) -> None:
     """List the adapters of a model, their versions, and which one serves."""
     with connect(url) as client:
-        found = client.adapters.list(model)
+        # The registry keeps the names of those that were removed, for the numbers of their versions.
+        found = [entry for entry in client.adapters.list(model) if entry.versions]
     if as_json:
         print_json([_plain(entry) for entry in found])
         return

@@ -88,6 +88,13 @@ def test_the_version_that_serves_is_not_unloaded(adapters: Commands) -> None:
     assert adapters.serving == 2
 
 
+def test_an_adapter_that_was_removed_is_in_no_list(adapters: Commands) -> None:
+    registry.register(adapters.redis, "m", "other", 1, {"rank": 8}, promote=True)
+    adapters("remove", "style")
+    assert "style" not in adapters("list")
+    assert [entry["name"] for entry in json.loads(adapters("list", "--json"))] == ["other"]
+
+
 def test_an_adapter_is_removed_from_the_registry_and_from_this_disk_and_no_other(
     adapters: Commands, tmp_path: Path
 ) -> None:
