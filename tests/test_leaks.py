@@ -31,6 +31,8 @@ def test_each_kind_of_key_has_its_own_longest_life(kind: keys.Kind) -> None:
             keys.commands("x"),
             keys.command("x"),
             keys.loading("x"),
+            keys.placed(QUEUE, "x"),
+            keys.beginning("0" * 32),
         ),
         *(make(QUEUE) for make in (keys.open_jobs, keys.turns, keys.dispatched, keys.pace, keys.sizes, keys.ready)),
         *(

@@ -381,7 +381,7 @@ def test_a_job_of_which_another_worker_has_more_goes_there_once_and_as_if_it_had
     if placed == "resumed":
         ledger.claim(worker.redis, "job", QUEUE, "before", "tag", "w@gone")
     if placed == "passed on before":
-        worker.redis.hset(keys.job("job"), "passed", "before")
+        worker.redis.hset(keys.job("job"), Field.PASSED, "before")
     if placed != "better":
         assert worker.deliver(lambda: 7, handler=Placed())["completion_tokens"] == 7
         assert not recalled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -499,9 +500,11 @@ def test_a_model_on_demand_that_is_not_there_is_refused_until_it_is(make: Callab
 
 
 def test_a_worker_is_seen_though_the_folder_of_a_model_has_a_name_that_is_no_unicode(
-    make: Callable[..., Worker],
+    make: Callable[..., Worker], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As Python has it: each byte of a path that is no UTF-8 is half a surrogate pair."""
+    # What is logged would go, as it is, into the report of a test that runs next to others.
+    caplog.set_level(logging.CRITICAL + 1)
     worker = make(on_demand=("odd=/\udcff",))
     worker.engine.headers["odd"] = ModelError("/\udcff: no such file or folder")
     worker.redis.delete(keys.worker(worker.runtime.name))
@@ -513,8 +516,10 @@ def test_a_worker_is_seen_though_the_folder_of_a_model_has_a_name_that_is_no_uni
 
 
 def test_jobs_of_a_model_whose_damaged_folder_has_a_name_that_is_no_unicode_end_with_its_error(
-    make: Callable[..., Worker],
+    make: Callable[..., Worker], caplog: pytest.LogCaptureFixture
 ) -> None:
+    # What is logged would go, as it is, into the report of a test that runs next to others.
+    caplog.set_level(logging.CRITICAL + 1)
     worker = make(on_demand=("odd=/\udcff",))
     worker.engine.files["odd"] = ModelError("/\udcff: a tensor is missing")
     worker.demand.round()

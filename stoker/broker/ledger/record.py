@@ -53,6 +53,8 @@ class Field(StrEnum):
     WORKER = "worker"
     BEGAN = "began"
     ATTEMPTS = "attempts"
+    #: The token of the owner that passed it on to another worker.
+    PASSED = "passed"
     #: The token of the owner that ended it, and of the one that made a dead letter of it.
     COMPLETED = "completed"
     LETTERED = "lettered"
