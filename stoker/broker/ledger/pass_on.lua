@@ -13,7 +13,8 @@ local message = message_of(record)
 if type(redis.pcall('LPUSH', KEYS[21], message)) == 'table' then return 'stays' end
 redis.call('EXPIRE', KEYS[21], kept)
 redis.call('HDEL', job, 'token', 'tag', 'worker', 'counted', unpack(began == token and {'began'} or {}))
-redis.call('HSET', job, 'passed', token, 'attempts', string.format('%.0f', math.max(1, count_of(attempts)) - 1))
+local former = string.format('%.0f', math.max(1, count_of(attempts)) - 1)
+redis.call('HSET', job, 'passed', token, 'attempts', former)
 -- If it is lost there, `recover` will see.
 add(dispatched, now, id)
 return 'passed'
