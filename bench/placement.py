@@ -32,8 +32,8 @@ DEMO = "smollm2-135m-instruct"
 #: Each side's name of the model, and the seconds that a job waits there.
 SIDES = {"placed": Settings().placement, "first come": 0.0}
 #: Words of a conversation's text, questions about it, and tokens of an answer.
-TEXT, QUESTIONS, ANSWER = 1200, 4, 16
-ROUNDS, QUICK = 8, 2
+TEXT, QUESTIONS, ANSWER = 900, 4, 16
+ROUNDS, QUICK = 5, 2
 WORKERS = 2
 
 
@@ -133,7 +133,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as leaving:
         settings = started(leaving, Path(folder))
         with Client(settings=settings) as client:
-            for conversations in (1, 4):
+            for conversations in (1, 3):
                 rounds = QUICK if options.quick else ROUNDS
                 record.part(f"{conversations}", partial(rows_of, client, conversations, rounds))
     return int(record.failed)
