@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,20 @@ class Claim:
         return cls(*claim, cancelled == "1", client, int(attempt), traceparent, tracestate)
 
 
-class Passing(StrEnum):
+class _Word(StrEnum):
+    """What a script answers with one word."""
+
+    @classmethod
+    def parse(cls, reply: bytes) -> Self:
+        return cls(reply.decode())
+
+
+class Passing(_Word):
     """What became of a job that its owner wanted to pass on: `STAYS` if it may not be, and its owner keeps it."""
 
     PASSED = "passed"
     STAYS = "stays"
     FENCED = "fenced"
-
-    @classmethod
-    def parse(cls, reply: bytes) -> Passing:
-        return cls(reply.decode())
 
 
 @dataclass(frozen=True)
@@ -109,16 +114,12 @@ class KeptPart:
         return cls(there == 1, found, limit)
 
 
-class ManifestState(StrEnum):
+class ManifestState(_Word):
     """What became of a manifest: `LOST` if a part that it needs is not there."""
 
     KEPT = "kept"
     LOST = "lost"
     FENCED = "fenced"
-
-    @classmethod
-    def parse(cls, reply: bytes) -> ManifestState:
-        return cls(reply.decode())
 
 
 def crashes(text: bytes | str) -> tuple[Crash, ...]:
