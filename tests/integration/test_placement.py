@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 #: Tokens whose text, as ids, is a block and a little more.
 LONG = BLOCK // 2
 #: Seconds: longer than any worker here needs to take a job.
-PATIENT = 2.0
+PATIENT = 4.0
 
 
 def prompt(number: int, turns: int = 0) -> list[int]:
