@@ -529,7 +529,14 @@ def test_rope_in_the_words_of_transformers_5_is_that_in_older_ones(
     bridged.assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize("fields", [{}, {"truncate": False}, {"truncate": False, "attention_factor": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"truncate": False}, {"truncate": False, "attention_factor": 1.5}, {"mscale": 0.5}, {"mscale_all_dim": 0.5},
+        {"mscale": 0.5, "mscale_all_dim": 0.8}, {"mscale": 0.5, "mscale_all_dim": 0},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_yarn_is_that_of_transformers(fields: dict[str, Any]) -> None:
     """gpt-oss's borders are not rounded; mlx-lm would round them. The oracle is the Llama family's own."""
     scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, **fields}
