@@ -319,6 +319,17 @@ def test_keys_of_a_falcon_h1_have_their_multiplier() -> None:
     assert_close(logits(made)[0], logits(filled)[0])
 
 
+@pytest.mark.parametrize("value", [ABSENT, None], ids=["absent", "null"])
+def test_what_a_falcon_h1_does_not_multiply_is_multiplied_by_1(value: object) -> None:
+    """As in transformers; mlx-lm's defaults are the numbers of the smallest model."""
+    ones: dict[str, Any] = {
+        "attention_out_multiplier": 1.0, "embedding_multiplier": 1.0, "key_multiplier": 1.0, "lm_head_multiplier": 1.0,
+        "mlp_multipliers": [1.0] * 2, "ssm_in_multiplier": 1.0, "ssm_multipliers": [1.0] * 5, "ssm_out_multiplier": 1.0,
+    }  # fmt: skip
+    _, args = weights.network_of(described("falcon_h1", **dict.fromkeys(ones, value)), "falcon_h1")
+    assert {name: getattr(args, name) for name in ones} == ones
+
+
 @pytest.mark.parametrize("gate_last", [False, True])
 def test_a_norm_of_a_falcon_h1_is_one_of_each_group(gate_last: bool) -> None:
     fields = {"mamba_rms_norm": True, "mamba_n_groups": 2, "mamba_norm_before_gate": gate_last}
