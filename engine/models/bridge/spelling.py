@@ -30,8 +30,12 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "falcon_h1": {
         **dict.fromkeys(
             (
-                "attention_out_multiplier", "embedding_multiplier", "key_multiplier", "lm_head_multiplier",
-                "ssm_in_multiplier", "ssm_out_multiplier",
+                "attention_out_multiplier",
+                "embedding_multiplier",
+                "key_multiplier",
+                "lm_head_multiplier",
+                "ssm_in_multiplier",
+                "ssm_out_multiplier",
             ),
             1.0,
         ),

@@ -102,7 +102,10 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
     try:
         weights = _experts_upright(arrays) if config.get("model_type") == "gpt_oss" else dict(arrays)
         weights = _with_head(weights) if config.get("model_type") in OWN_HEAD else weights
-        weights = network.sanitize(weights) if hasattr(network, "sanitize") else weights
+        if config.get("model_type") == "falcon_h1":
+            weights = falcon.in_layout(network, weights)
+        elif hasattr(network, "sanitize"):
+            weights = network.sanitize(weights)
     except Exception as error:
         raise ModelError(
             f"{folder}: mlx-lm cannot bring the tensors into its layout ({type(error).__name__}: {str(error)[:300]})"
