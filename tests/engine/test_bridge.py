@@ -291,6 +291,13 @@ def test_ernies_experts_are_chosen_by_corrected_gates_and_weighted_by_plain_ones
     assert {path for path, dtype in dtypes(halved) if dtype == mx.float32} == named.keys()
 
 
+def test_a_copy_of_an_ernie_that_has_lost_its_corrections_is_refused(tmp_path: Path) -> None:
+    """As mlx-lm writes it: its experts would be others, in silence."""
+    bridged.write_folder(tmp_path / "model", "ernie4_5_moe", moe_use_aux_free=True)
+    with pytest.raises(ModelError, match=r"e_score_correction_bias' are missing.*mlx-lm drops them"):
+        load("model", [str(tmp_path / "model")])
+
+
 @pytest.mark.parametrize("bits", [None, 4], ids=["dense", "4 bits"])
 @pytest.mark.parametrize("name", ["minicpm", "minicpm3"])
 def test_a_minicpm_scales_what_goes_into_its_head_whether_or_not_that_is_the_embedding(
