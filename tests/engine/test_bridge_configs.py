@@ -223,6 +223,30 @@ def test_what_a_model_file_passes_over_is_refused_by_name(name: str, fields: dic
     weights.network_of(described(name, **dict.fromkeys(fields)), name)
 
 
+@pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_a_gemma_2_without_a_soft_cap_is_refused_by_its_name(name: str) -> None:
+    """transformers takes null for none; mlx-lm's file divides by it."""
+    with pytest.raises(ModelError, match=f"{name} = None is not supported"):
+        weights.network_of(described("gemma2", **{name: None}), "gemma2")
+
+
+@pytest.mark.parametrize("name", ["mistral3", "pixtral"])
+@pytest.mark.parametrize(
+    ("kind", "window", "longest"),
+    [("mistral", 40, 40), ("mistral", ABSENT, 4096), ("mistral", None, 8192), ("llama", 40, 8192)],
+    ids=["stated", "absent", "null", "of another kind"],
+)
+def test_a_mistral_that_sees_takes_no_texts_longer_than_the_window_of_all_its_layers(
+    name: str, kind: str, window: object, longest: int
+) -> None:
+    """mlx-lm's file has the window only in layers of a list, which config.json does not have."""
+    changed = {"model_type": kind, "sliding_window": window, "layer_types": ABSENT, "max_position_embeddings": 8192}
+    text = {field: value for field, value in {**config(name)["text_config"], **changed}.items() if value is not ABSENT}
+    stated = described(name, text_config=text)
+    made, args = weights.network_of(stated, name)
+    assert BridgedDecoder(name, made, args, stated).args.context == longest
+
+
 def test_layers_of_a_granite_4_may_have_the_names_that_newer_releases_of_transformers_write() -> None:
     filled, args = network("granitemoehybrid")
     assert args.layer_types == ["mamba", "attention"] * 2
