@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.models.allowed import MISTRAL_WINDOW
+from engine.models.bridge import package
 from engine.models.bridge.spelling import PARTS, read_names
 from engine.models.fields import Fields
 from stoker.errors import ModelError
@@ -154,17 +155,23 @@ def context_of(config: Mapping[str, Any], args: object, *, attends: bool) -> int
     found = next((value for value in stated if type(value) is int and value > 0), None)
     if found is None:
         found = _NO_CONTEXT if attends else RECURRENT_CONTEXT
-    return min([found, *_bounds(text, args)])
+    inner = getattr(args, "text_config", args)
+    taken = hasattr(inner, "sliding_window") or isinstance(inner, dict)
+    return min([found, *_bounds(text, taken=taken)])
 
 
-def _bounds(text: Mapping[str, Any], args: object) -> Iterator[int]:
-    """Lengths within which nothing changes by what a model file passes over."""
-    window, inner = text.get("sliding_window"), getattr(args, "text_config", args)
-    passed_over = not hasattr(inner, "sliding_window") and not isinstance(inner, dict)
-    if type(window) is int and window > 0 and passed_over and text.get("use_sliding_window", True):
+def shown_context(config: Mapping[str, Any], file: str, stated: int) -> int:
+    """`context_of` of a model that is not made, whose config.json has `stated`."""
+    return min([stated, *_bounds(text_config(config), taken=package.reads_window(file))])
+
+
+def _bounds(text: Mapping[str, Any], *, taken: bool) -> Iterator[int]:
+    """Lengths within which nothing changes by what a model file passes over. `taken`: whether a window is not."""
+    window = text.get("sliding_window")
+    if type(window) is int and window > 0 and not taken and text.get("use_sliding_window", True):
         yield window  # Every token sees all others.
     yield from _window_of_all(text)
-    turned = getattr(args, "no_rope_layers", None)
+    turned = text.get("no_rope_layers")
     if text.get("model_type") == "llama4_text" and isinstance(turned, list):
         yield from _llama4_bounds(text, turned)
 
