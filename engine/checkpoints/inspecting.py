@@ -123,7 +123,7 @@ def _folder(path: Path) -> Inspection:
             dtypes=dtypes,
             stored=stored,
             quantization=mlx_form(section) if section else (None if foreign is None else str(foreign)),
-            context=_folder_context(path, fields, config.get("model_type"), reranks),
+            context=_folder_context(path, config, fields, reranks),
             layers=fields.count("num_hidden_layers"),
             dim=dim,
             vocabulary=fields.count("vocab_size"),
@@ -255,11 +255,15 @@ def _inspection(found: _Found) -> Inspection:
     )
 
 
-def _folder_context(path: Path, fields: Fields, architecture: object, reranks: bool) -> int:
-    """What the model takes, or what its sentence-transformers files limit that to."""
+def _folder_context(path: Path, config: Mapping[str, Any], fields: Fields, reranks: bool) -> int:
+    """What the model takes, or what its sentence-transformers files or mlx-lm's file limit that to."""
+    architecture = config.get("model_type")
     positions = fields.count("max_position_embeddings", allowed.CONTEXT.get(str(architecture), 2048))
     if architecture in ("mpnet", "xlm-roberta", "roberta"):
         # Those up to padding's stand for no token; MPNet's padding is 1 throughout.
         positions -= 1 + (1 if architecture == "mpnet" else fields.index("pad_token_id", 1))
     embeds = reranks or KINDS.get(str(architecture)) == "embed" or pools_decoder(path, architecture)
-    return SentenceFiles.of(path).max_tokens(positions) if embeds else positions
+    if embeds:
+        return SentenceFiles.of(path).max_tokens(positions)
+    file = None if architecture in KINDS else package.file_of(config)
+    return positions if file is None else configs.shown_context(config, file, positions)

@@ -193,7 +193,8 @@ TABLES: Mapping[str, Table] = {
                 "layer_norm_eps"
             ),
             "hidden_activation": ("gelu", "gelu_python"),
-            "position_embedding_type": ("absolute", "rope"),
+            # Files name one or another; all have rotary positions.
+            "position_embedding_type": ("absolute", "rope", "sans_pos"),
             "is_decoder": (False,),
             "rope_scaling": ({},),
         },

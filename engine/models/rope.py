@@ -127,10 +127,13 @@ def _yarn(fields: Fields, value: Mapping[str, Any], original: int, context: int,
     if fields.flag("truncate", default=True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    return Yarn(factor, low, high if high != low else high + 0.001, _gain(fields, value, factor))
+    return Yarn(factor, low, high if high != low else high + 0.001, yarn_gain(fields, value, factor))
 
 
-def _gain(fields: Fields, value: Mapping[str, Any], factor: float) -> float:
+def yarn_gain(fields: Fields, value: Mapping[str, Any], factor: float) -> float:
+    """What YaRN multiplies queries and keys by, as in transformers: `mscale` counts together with `mscale_all_dim`
+    alone. `fields` are those of `value`. Raises `ModelError`."""
+
     def grown(scale: float) -> float:
         return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
 

@@ -5,20 +5,24 @@ form is known by the answer alone, and each is taken from any model.
 
 - Hermes, Qwen, SmolLM: `<tool_call>CALL</tool_call>`, anywhere in the answer and as often as the model likes.
 - Llama 3: `<|python_tag|>CALL`, Mistral: `[TOOL_CALLS]CALL`, from there to the end.
-- The same two without their markers, which are special tokens that workers leave out of texts: then the call is the
+- Mistral since 2025: `[TOOL_CALLS]NAME[ARGS]{…}`, as often as the model likes, from there to the end.
+- The last three without their markers, which are special tokens that workers leave out of texts: then the calls are the
   whole answer.
+- Qwen3-Coder: `<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>`, as Hermes's.
 
 CALL is JSON: an object with `name` and `arguments` (or `parameters`), or a list of such objects. All of them have to be
-functions that the request names; else the marker and what stands behind it are text.
+functions that the request names; else the marker and what stands behind it are text. A VALUE is a text where the schema
+of the function says so; else what it is as JSON, or a text if it is none.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stoker.contract.call_forms import ARGS, CALL_ID, VALUE, VALUE_END, XML, Functions, named_calls, xml_call
 from stoker.contract.parts import Arguments, Begun, FunctionCall, Part, begun_marker
 
 _OPENER, _CLOSER = "<tool_call>", "</tool_call>"
@@ -26,6 +30,8 @@ _OPENERS = (_OPENER, "<|python_tag|>", "[TOOL_CALLS]")
 _OPENING = re.compile("|".join(map(re.escape, _OPENERS)))
 #: What matters to the end of a call: an escaped character and a quote within JSON, and the markers.
 _MARKS = re.compile(rf'\\.|"|{_CLOSER}|{_OPENER}', re.DOTALL)
+#: The same of Qwen3-Coder's form, none longer than the closer.
+_XML_MARKS = re.compile(f"{VALUE}|{VALUE_END}|{_CLOSER}|{_OPENER}")
 #: Fields of a call; some models write the last two as well.
 _FIELDS = frozenset({"name", "arguments", "parameters", "id", "type"})
 #: How the JSON of calls begins, without its blanks.
@@ -35,15 +41,19 @@ _TELLING = 64
 
 
 class CallReader:
-    """Finds calls of the functions `names`. `parallel` false: the first one is the only one."""
+    """Finds calls of `functions`: their names, or these with the schemas of their arguments. `parallel` false: the
+    first one is the only one."""
 
-    def __init__(self, names: Iterable[str], *, parallel: bool = True) -> None:
-        self._names, self._parallel = frozenset(names), parallel
+    def __init__(self, functions: Functions | Iterable[str], *, parallel: bool = True) -> None:
+        self._functions: Functions = functions if isinstance(functions, Mapping) else {name: {} for name in functions}
+        self._parallel = parallel
+        #: How Mistral's newer form begins.
+        self._named = tuple(f"{name}{mark}" for name in self._functions for mark in ("{", ARGS, CALL_ID))
         #: Text that is not decided on: from `_at` on; before it stands what is done with.
         self._held, self._at = "", 0
         #: The marker of the call that may have begun before `_at`; "": the answer may be one without; None: none has.
         self._opener: str | None = ""
-        #: How far that call was looked through, and whether a string of its JSON is open there.
+        #: How far that call was looked through, and whether a string of its JSON, or a value of its XML, is open there.
         self._seen, self._quoted = 0, False
         #: Blanks before a text or a call; next to calls they say nothing.
         self._blank, self._silent, self._called = "", True, False
@@ -82,7 +92,7 @@ class CallReader:
 
     def _call(self, parts: list[Part], *, ended: bool) -> bool:
         """Make calls of what stands behind the marker, or text of the marker. Whether that is decided."""
-        end = self._end(ended=ended) if _may_be_call(self._held[self._at : self._at + _TELLING]) else self._at
+        end = self._end(ended=ended) if self._may_be_call() else self._at
         if end is None:
             return False
         calls = self._calls(self._held[self._at : end])
@@ -96,7 +106,7 @@ class CallReader:
 
     def _end(self, *, ended: bool) -> int | None:
         """Where the call ends; None: it goes on. A marker within a string of its JSON ends nothing."""
-        if self._opener == _OPENER:
+        if self._opener == _OPENER and not XML.startswith(self._beginning()[: len(XML) - 1]):
             for mark in _MARKS.finditer(self._held, self._seen):
                 self._seen = mark.end()
                 if mark.group() == '"':
@@ -104,6 +114,14 @@ class CallReader:
                 elif mark.group() in (_CLOSER, _OPENER) and not self._quoted:
                     return mark.start()
             # The last characters may be a part of a mark.
+            self._seen = max(self._seen, len(self._held) - len(_CLOSER) + 1)
+        elif self._opener == _OPENER and self._beginning().startswith(XML):
+            for mark in _XML_MARKS.finditer(self._held, self._seen):
+                self._seen = mark.end()
+                if mark.group() in (VALUE, VALUE_END):
+                    self._quoted = mark.group() == VALUE
+                elif not self._quoted:
+                    return mark.start()
             self._seen = max(self._seen, len(self._held) - len(_CLOSER) + 1)
         return len(self._held) if ended else None
 
@@ -122,9 +140,24 @@ class CallReader:
         for call in calls:
             parts += (Begun(call.name), Arguments(call.arguments))
 
+    def _beginning(self) -> str:
+        """How what stands behind the marker begins, without its blanks."""
+        return "".join(self._held[self._at : self._at + _TELLING].split())
+
+    def _may_be_call(self) -> bool:
+        begins = self._beginning()
+        forms = (*_BEGINNINGS, XML) if self._opener == _OPENER else (*_BEGINNINGS, *self._named)
+        return any(begins[: len(form)] == form[: len(begins)] for form in forms)
+
     def _calls(self, text: str) -> list[FunctionCall]:
         """The calls that `text` is; none, where it is anything else."""
+        beginning = self._beginning()
         try:
+            if beginning.startswith(XML):
+                name, arguments = xml_call(text, self._functions)
+                return [self._one({"name": name, "arguments": arguments})]
+            if not beginning.startswith(("{", "[")):
+                return [self._one({"name": name, "arguments": given}) for name, given in named_calls(text)]
             found = json.loads(text)
             return [self._one(item) for item in (found if isinstance(found, list) else [found])]
         except (ValueError, RecursionError):
@@ -135,14 +168,9 @@ class CallReader:
         if not isinstance(item, dict) or not item.keys() <= _FIELDS or ("arguments" in item) == ("parameters" in item):
             raise ValueError("no call")
         name = item.get("name")
-        if not isinstance(name, str) or name not in self._names:
+        if not isinstance(name, str) or name not in self._functions:
             raise ValueError("no function of the request")
         return FunctionCall(name, _dumped(item.get("arguments", item.get("parameters"))))
-
-
-def _may_be_call(text: str) -> bool:
-    begins = "".join(text.split())
-    return any(begins[: len(beginning)] == beginning[: len(begins)] for beginning in _BEGINNINGS)
 
 
 def _dumped(arguments: Any) -> str:

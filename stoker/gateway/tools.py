@@ -80,7 +80,8 @@ class Choice:
             return TextReader()
         if self.name is not None:
             return ArgumentsReader(self.name)
-        return CallReader((function.name for function in self.functions), parallel=self.parallel)
+        schemas = {function.name: function.schema_of_arguments for function in self.functions}
+        return CallReader(schemas, parallel=self.parallel)
 
 
 #: Keywords whose value has schemas under names.

@@ -150,7 +150,8 @@ class Stack:
 
     def watch(self, report: Callable[[str], None]) -> None:
         """Run until interrupted. A worker that dies is started again, also if it was not warm yet: the memory that it
-        lacks may be there later, and broker and gateway serve meanwhile. A broker that dies ends the stack."""
+        lacks may be there later, and broker and gateway serve meanwhile. A broker of its own that dies ends the stack;
+        one that STOKER_URL names may be away for a while."""
         with Client(settings=self.settings) as client:
             self._watch(client, report)
 
@@ -178,11 +179,24 @@ class Stack:
                 why = f"exit code {self.worker.returncode}" if warm else f"not warm yet: {_error_of(self.worker)}"
                 report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {pause:.0f} s"))
                 time.sleep(pause)
-                self.start_worker()
+                self._start_again(report)
                 warm, pause = False, min(2 * pause, LONGEST_PAUSE)
-            elif not warm and self._warm(client) is not None:
+            elif not warm and self._is_warm(client):
                 warm, pause = True, RESTART_PAUSE
                 report("a worker is warm again")
+
+    def _start_again(self, report: Callable[[str], None]) -> None:
+        """Start a worker, unless the broker is away: then the next look finds none and tries again."""
+        try:
+            self.start_worker()
+        except BrokerUnavailable as error:
+            report(f"no worker is started yet: {error}")
+
+    def _is_warm(self, client: Client) -> bool:
+        try:
+            return self._warm(client) is not None
+        except BrokerUnavailable:
+            return False
 
     def _first_runs(self) -> bool:
         running = self.settings.running_broker

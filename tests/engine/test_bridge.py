@@ -291,6 +291,13 @@ def test_ernies_experts_are_chosen_by_corrected_gates_and_weighted_by_plain_ones
     assert {path for path, dtype in dtypes(halved) if dtype == mx.float32} == named.keys()
 
 
+def test_a_copy_of_an_ernie_that_has_lost_its_corrections_is_refused(tmp_path: Path) -> None:
+    """As mlx-lm writes it: its experts would be others, in silence."""
+    bridged.write_folder(tmp_path / "model", "ernie4_5_moe", moe_use_aux_free=True)
+    with pytest.raises(ModelError, match=r"e_score_correction_bias' are missing.*mlx-lm drops them"):
+        load("model", [str(tmp_path / "model")])
+
+
 @pytest.mark.parametrize("bits", [None, 4], ids=["dense", "4 bits"])
 @pytest.mark.parametrize("name", ["minicpm", "minicpm3"])
 def test_a_minicpm_scales_what_goes_into_its_head_whether_or_not_that_is_the_embedding(
@@ -529,7 +536,14 @@ def test_rope_in_the_words_of_transformers_5_is_that_in_older_ones(
     bridged.assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize("fields", [{}, {"truncate": False}, {"truncate": False, "attention_factor": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"truncate": False}, {"truncate": False, "attention_factor": 1.5}, {"mscale": 0.5}, {"mscale_all_dim": 0.5},
+        {"mscale": 0.5, "mscale_all_dim": 0.8}, {"mscale": 0.5, "mscale_all_dim": 0},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_yarn_is_that_of_transformers(fields: dict[str, Any]) -> None:
     """gpt-oss's borders are not rounded; mlx-lm would round them. The oracle is the Llama family's own."""
     scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, **fields}

@@ -223,6 +223,30 @@ def test_what_a_model_file_passes_over_is_refused_by_name(name: str, fields: dic
     weights.network_of(described(name, **dict.fromkeys(fields)), name)
 
 
+@pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_a_gemma_2_without_a_soft_cap_is_refused_by_its_name(name: str) -> None:
+    """transformers takes null for none; mlx-lm's file divides by it."""
+    with pytest.raises(ModelError, match=f"{name} = None is not supported"):
+        weights.network_of(described("gemma2", **{name: None}), "gemma2")
+
+
+@pytest.mark.parametrize("name", ["mistral3", "pixtral"])
+@pytest.mark.parametrize(
+    ("kind", "window", "longest"),
+    [("mistral", 40, 40), ("mistral", ABSENT, 4096), ("mistral", None, 8192), ("llama", 40, 8192)],
+    ids=["stated", "absent", "null", "of another kind"],
+)
+def test_a_mistral_that_sees_takes_no_texts_longer_than_the_window_of_all_its_layers(
+    name: str, kind: str, window: object, longest: int
+) -> None:
+    """mlx-lm's file has the window only in layers of a list, which config.json does not have."""
+    changed = {"model_type": kind, "sliding_window": window, "layer_types": ABSENT, "max_position_embeddings": 8192}
+    text = {field: value for field, value in {**config(name)["text_config"], **changed}.items() if value is not ABSENT}
+    stated = described(name, text_config=text)
+    made, args = weights.network_of(stated, name)
+    assert BridgedDecoder(name, made, args, stated).args.context == longest
+
+
 def test_layers_of_a_granite_4_may_have_the_names_that_newer_releases_of_transformers_write() -> None:
     filled, args = network("granitemoehybrid")
     assert args.layer_types == ["mamba", "attention"] * 2
@@ -317,6 +341,17 @@ def test_keys_of_a_falcon_h1_have_their_multiplier() -> None:
     for layer in filled.layers:
         layer.self_attn.k_proj.weight = layer.self_attn.k_proj.weight * 3.0
     assert_close(logits(made)[0], logits(filled)[0])
+
+
+@pytest.mark.parametrize("value", [ABSENT, None], ids=["absent", "null"])
+def test_what_a_falcon_h1_does_not_multiply_is_multiplied_by_1(value: object) -> None:
+    """As in transformers; mlx-lm's defaults are the numbers of the smallest model."""
+    ones: dict[str, Any] = {
+        "attention_out_multiplier": 1.0, "embedding_multiplier": 1.0, "key_multiplier": 1.0, "lm_head_multiplier": 1.0,
+        "mlp_multipliers": [1.0] * 2, "ssm_in_multiplier": 1.0, "ssm_multipliers": [1.0] * 5, "ssm_out_multiplier": 1.0,
+    }  # fmt: skip
+    _, args = weights.network_of(described("falcon_h1", **dict.fromkeys(ones, value)), "falcon_h1")
+    assert {name: getattr(args, name) for name in ones} == ones
 
 
 @pytest.mark.parametrize("gate_last", [False, True])

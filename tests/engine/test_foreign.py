@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
@@ -17,6 +18,8 @@ from engine.checkpoints.inspecting import inspect
 from engine.checkpoints.loading import LoadedModel, load
 from engine.checkpoints.prospect import prospect
 from engine.checkpoints.verifying import verify
+from engine.models.bridge import weights
+from engine.platform.jsonfiles import read_config
 from engine.weights import foreign, safetensors
 from engine.weights.foreign_sections import Packing
 from engine.weights.packed_integers import PackedIntegers
@@ -105,6 +108,30 @@ def test_a_folder_is_read_held_in_its_bits_or_dense(name: str, method: str, tmp_
     bridged.assert_close(logits(kept), logits(wanted))
     assert (kept.bytes < 0.8 * wanted.bytes) == (method != "fp8"), "FP8 becomes dense"
     assert np.abs(logits(wanted) - logits(opened(source))).max() > 1e-3, "its numbers are those of few bits"
+
+
+#: A Falcon-H1's numbers that its parts are multiplied by, none of them 1.
+MULTIPLIERS: dict[str, Any] = {
+    "attention_out_multiplier": 0.5, "embedding_multiplier": 2.0, "key_multiplier": 0.25, "lm_head_multiplier": 0.75,
+    "mlp_multipliers": [1.5, 0.6], "ssm_in_multiplier": 1.25, "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9],
+    "ssm_out_multiplier": 0.8,
+}  # fmt: skip
+
+
+def test_codes_of_a_falcon_h1_stand_for_numbers_that_are_multiplied(tmp_path: Path) -> None:
+    """In its maker's own folders, where mlx-lm's file multiplies the codes."""
+    source, convolutions = tmp_path / "source", "conv1d.weight"
+    # Codes of so many states fill whole words.
+    bridged.write_folder(source, "falcon_h1", **MULTIPLIERS, mamba_d_state=6)
+    network, _ = weights.network_of(read_config(source), "falcon_h1")
+    arrays = dict(tree_flatten(network.parameters()))
+    upright = {name: array.swapaxes(1, 2) if name.endswith(convolutions) else array for name, array in arrays.items()}
+    mx.eval(upright)
+    safetensors.write(source / "model.safetensors", upright, {"format": "pt"})
+    folder = foreign_files.write(source, tmp_path / "gptq", "gptq")
+    wanted = opened(folder / "dense")
+    for how in ("none", "keep"):
+        bridged.assert_close(logits(opened(folder / "quantized", quantize=how)), logits(wanted))
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])

@@ -22,6 +22,7 @@ from engine.models.embedders import ENCODERS
 from engine.weights import safetensors
 from stoker.cli import engine_tool
 from stoker.errors import ModelError
+from tests.engine import bridged
 
 ARCHITECTURES = Path(__file__).parents[1] / "goldens" / "architectures"
 CHECKPOINTS = sorted(path.parent for path in ARCHITECTURES.glob("*/config.json"))
@@ -41,6 +42,26 @@ def test_it_agrees_with_loading(folder: Path) -> None:
     assert loaded.parameters <= found.parameters <= 1.3 * loaded.parameters
     assert (found.cache_bytes_per_1000 is None) == (found.kind == "embed")
     assert json.loads(json.dumps(found.to_json()))["path"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "longest"),
+    [
+        ("phi3", {"sliding_window": 40}, 40),
+        ("phi3", {"sliding_window": 40, "use_sliding_window": False}, 256),
+        ("smollm3", {"sliding_window": 40}, 256),
+        ("gpt_oss", {"sliding_window": 40, "max_position_embeddings": 256}, 256),
+        ("llama4_text", {"floor_scale": 64}, 63),
+        ("kimi_vl", {"sliding_window": 40}, 40),
+    ],
+    ids=str,
+)
+def test_a_context_that_is_bounded_by_what_a_model_file_passes_over_is_shown_so(
+    name: str, fields: dict[str, Any], longest: int, tmp_path: Path
+) -> None:
+    bridged.write_folder(tmp_path / "model", name, **fields)
+    assert inspect(tmp_path / "model").context == longest
+    assert load("model", [str(tmp_path / "model")]).context == longest
 
 
 def test_real_models_are_described(smollm2: LoadedModel, minilm: LoadedModel) -> None:

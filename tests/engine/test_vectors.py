@@ -172,9 +172,10 @@ def test_a_decoder_that_embeds_needs_no_head_and_does_not_generate(tmp_path: Pat
         _ = model.decoder
 
 
-def test_modernbert_reads_its_layers_and_bases_from_older_files_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("positions", ["absolute", "sans_pos"])
+def test_modernbert_reads_its_layers_and_bases_from_older_files_too(tmp_path: Path, positions: str) -> None:
     older = {"layer_types": None, "rope_parameters": None, "global_attn_every_n_layers": 3,
-             "global_rope_theta": 16_000.0, "local_rope_theta": 100.0, "position_embedding_type": "absolute",
+             "global_rope_theta": 16_000.0, "local_rope_theta": 100.0, "position_embedding_type": positions,
              "layer_norm_eps": 0.5, "reference_compile": True}  # fmt: skip
     path = changed(tmp_path, "modernbert", "config.json", older)
     tokens = mx.array([list(range(40))])

@@ -26,6 +26,8 @@ FORMS = {
     "hermes": f"<tool_call>\n{CALL}\n</tool_call>",
     "llama": '{"name": "weather", "parameters": {"town": "Bonn"}}',
     "mistral": f"[TOOL_CALLS][{CALL}]",
+    "mistral 2025": '[TOOL_CALLS]weather[ARGS]{"town": "Bonn"}',
+    "qwen3-coder": "<tool_call>\n<function=weather>\n<parameter=town>\nBonn\n</parameter>\n</function>\n</tool_call>",
 }
 TWO = f"I look.\n{FORMS['hermes']}\n{FORMS['hermes'].replace('Bonn', 'Köln')}"
 BROKEN = '<tool_call>{"name": "weather", "arguments": {"town": }}</tool_call>'
@@ -68,6 +70,13 @@ def test_a_call_in_the_form_of_any_family_is_a_call(api: openai.OpenAI, fake: As
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
     assert fake.sent.generate[0].json_schema is None
     assert fake.sent.generate[0].tools == (WEATHER,)
+
+
+def test_a_value_of_a_call_without_json_is_a_text_where_the_function_takes_one(
+    api: openai.OpenAI, fake: AsyncFakeClient
+) -> None:
+    for choice in chats(api, fake, FORMS["qwen3-coder"].replace("Bonn", "53113"), tool_choice="auto"):
+        assert called(choice.message.tool_calls) == [("weather", {"town": "53113"})]
 
 
 def test_several_calls_come_with_the_text_before_them_and_ids_of_their_own(

@@ -27,6 +27,11 @@ def read(text: str, **options: Any) -> list[Item]:
     return items_of(CallReader(NAMES, **options), text)
 
 
+def xml(name: str, **values: str) -> str:
+    given = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return f"<tool_call>\n<function={name}>\n{given}</function>\n</tool_call>"
+
+
 def in_pieces(reader: Reader, pieces: list[str]) -> list[Item]:
     items: list[Item] = []
     for piece in pieces:
@@ -54,6 +59,18 @@ CALLS: list[tuple[str, list[Item]]] = [
     (f"[TOOL_CALLS][{CALL}]", [WEATHER]),
     (f"I look.[TOOL_CALLS] [{CALL}, {OTHER}]", ["I look.", WEATHER, TIME]),
     (f" [\n {CALL},\n{OTHER}]", [WEATHER, TIME]),
+    # Mistral since 2025, with its markers and without.
+    ('[TOOL_CALLS]weather[ARGS]{"town": "Bonn"}', [WEATHER]),
+    ('I look.[TOOL_CALLS]weather[ARGS]{"town": "Bonn"}[TOOL_CALLS]time[ARGS]{}', ["I look.", WEATHER, TIME]),
+    ('[TOOL_CALLS]weather[CALL_ID]aB3dE6gH9[ARGS]{"town": "Bonn"}\n', [WEATHER]),
+    ('weather{"town": "Bonn"}', [WEATHER]),
+    (' weather {"town": "Bonn"}time{}', [WEATHER, TIME]),
+    # Qwen3-Coder.
+    (xml("weather", town="Bonn"), [WEATHER]),
+    (f"I look.\n{xml('weather', town='Bonn')}\n{xml('time')}\n", ["I look.\n", WEATHER, TIME]),
+    ("<tool_call><function=weather><parameter=town>Bonn</parameter></function></tool_call>", [WEATHER]),
+    (f"{xml('weather', town='Bonn')}\n{hermes(OTHER)}", [WEATHER, TIME]),
+    (xml("weather", town="Bonn").removesuffix("</tool_call>"), [WEATHER]),
     # Arguments as the text of an object.
     (hermes('{"name": "weather", "arguments": "{\\"town\\": \\"Bonn\\"}"}'), [WEATHER]),
 ]
@@ -72,6 +89,12 @@ TEXTS = [
     hermes('{"name": "weather", "arguments": {"a": "\\ud800"}}'), hermes(f"{CALL} and {CALL}"),
     hermes('{"name": "weather", "arguments": ' + '{"a": ' * 20_000), "<function=weather></function>",
     f"{OTHER} and more", f"Here: {OTHER}", f"{OTHER}; {OTHER}", '{"name": "weather", "arg', "[1] says so.", "{}", "[]",
+    '[TOOL_CALLS]other[ARGS]{}', "[TOOL_CALLS]time[ARGS]", "[TOOL_CALLS]time[ARGS]{", "[TOOL_CALLS]time[ARGS]{} Hm.",
+    "[TOOL_CALLS]time[ARGS][]", "time{", "time{} Hm.", "times{}", "time", "other{}", "time flies.", "[ARGS]{}",
+    xml("other"), xml("time")[:20], "<tool_call><function=time></tool_call>",
+    "<tool_call><function=time>Hm.</function>",
+    "<tool_call><function=time><parameter=a>1</parameter><parameter=a>2</parameter></function></tool_call>",
+    "<tool_call><function=time><parameter=a>1</function></tool_call>", xml("time", a="\ud800"), "<tool_call><function",
     '{"name": "Ada", "arguments": {}}', "<|python_tag|>print(1)", "[TOOL_CALLS]none", f"[TOOL_CALLS][{CALL}",
 ]  # fmt: skip
 
@@ -103,6 +126,43 @@ def test_a_marker_in_a_string_of_an_argument_is_a_part_of_it(said: str) -> None:
         assert json.loads(item.arguments) == wanted
 
 
+@pytest.mark.parametrize("said", ["</tool_call>", "<tool_call>", '"', "</function>", "<b>\n</b>\n", hermes(OTHER)])
+def test_what_stands_in_a_value_of_qwen3_coders_form_is_a_part_of_it(said: str) -> None:
+    (item,) = in_pieces(CallReader(NAMES), list(xml("weather", town=f"a {said} b")))
+    assert isinstance(item, FunctionCall)
+    assert json.loads(item.arguments) == {"town": f"a {said} b"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "meant"),
+    [
+        ({"type": "string"}, "53113", "53113"),
+        ({"type": "string"}, "null", "null"),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "true", "true"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"type": "integer"}, "53113", 53113),
+        ({"type": "number"}, "0.5", 0.5),
+        ({"type": "boolean"}, "True", True),
+        ({"type": "array"}, '["a", 1]', ["a", 1]),
+        ({"type": "object"}, '{"a":\n1}', {"a": 1}),
+        ({"type": "integer"}, "five", "five"),
+        ({}, "53113", 53113),
+        ({}, "01234", "01234"),
+        (True, "False", "False"),
+        ({"type": "string"}, "", ""),
+        ({"type": "string"}, "  a\n\nb ", "  a\n\nb "),
+    ],
+)
+def test_a_value_of_qwen3_coders_form_is_of_the_type_that_its_schema_names(
+    schema: object, written: str, meant: object
+) -> None:
+    reader = CallReader({"time": {"properties": {"a": schema}}})
+    (item,) = items_of(reader, xml("time", a=written))
+    assert isinstance(item, FunctionCall)
+    assert json.loads(item.arguments) == {"a": meant}
+
+
 def test_a_text_passes_at_once_and_what_may_be_a_marker_is_held_back() -> None:
     reader = CallReader(NAMES)
     assert reader.feed("It is") == ["It is"]
@@ -122,7 +182,8 @@ PIECES = st.lists(
     st.sampled_from(
         ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<", "\n", '"', "\\", "{", "}", "[", "]", ",",
          "Hm. ", '{"name": "weather", "arguments": {"town": "', '"}}', CALL, OTHER, hermes(CALL),
-         f"[{CALL},{OTHER}]", '{"name"']
+         f"[{CALL},{OTHER}]", '{"name"', "[ARGS]", "time", 'weather[ARGS]{"town": "Bonn"}', xml("time"),
+         "<function=time>", "<parameter=a>", "</parameter>", "</function>"]
     ),
     max_size=12,
 )  # fmt: skip

@@ -32,6 +32,8 @@ class World:
         self.broker: Broker | None = None
         #: Where brokers were to listen.
         self.ports: list[int] = []
+        #: Whether the broker answers.
+        self.answers = True
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -41,6 +43,11 @@ class World:
     def child(self, name: str) -> Child:
         """The one of this name that was started last."""
         return [child for child in self.children if child.name == name][-1]
+
+    def alive(self) -> list[Presence]:
+        if not self.answers:
+            raise BrokerUnavailable("no answer from the broker.")
+        return self.workers
 
     def appears(self, process: str) -> None:
         """The worker that was started last is warm, as this process of its node."""
@@ -102,7 +109,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         def __init__(self, **_: Any) -> None: ...
 
         def __enter__(self) -> Any:
-            return SimpleNamespace(workers=lambda: made.workers)
+            return SimpleNamespace(workers=made.alive)
 
         def __exit__(self, *_: object) -> None: ...
 
@@ -247,6 +254,32 @@ def test_a_worker_that_dies_before_it_is_warm_again_takes_nothing_with_it(world:
     ]
     assert world.did == ["start worker"] * 3
     assert [pause for pause in world.slept if pause >= RESTART_PAUSE] == [2.0, 4.0, 2.0]
+
+
+def test_a_broker_that_is_away_as_a_worker_is_started_again_takes_nothing_with_it(world: World, stack: Stack) -> None:
+    """As one that STOKER_URL names, which restarts: gateway and monitor would have ended with the worker."""
+    said: list[str] = []
+
+    def dies() -> None:
+        world.child("worker").returncode, world.answers = 70, False
+
+    def comes_back() -> None:
+        world.answers = True
+
+    def goes() -> None:
+        world.answers = False
+
+    def appears() -> None:
+        world.appears("second")
+        comes_back()
+
+    world.did.clear()
+    world.after = iter([dies, lambda: None, comes_back, lambda: None, goes, lambda: None, appears])
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(said.append)
+    assert said[1] == "no worker is started yet: no answer from the broker."
+    assert said[-1] == "a worker is warm again"
+    assert world.did == ["start worker"]
 
 
 def test_a_worker_that_cannot_come_up_is_tried_once_a_minute(world: World, stack: Stack) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from engine.models.allowed import MISTRAL_WINDOW
+from engine.models.bridge import package
 from engine.models.bridge.spelling import PARTS, read_names
 from engine.models.fields import Fields
 from stoker.errors import ModelError
@@ -40,6 +42,8 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     "olmoe": {"clip_qkv": None},
     "youtu_llm": {"rope_interleave": True},
 }
+#: Model file -> what transformers takes null for, and it does not.
+_NUMBERS = {"gemma2": ("attn_logit_softcapping", "final_logit_softcapping")}
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
 #: Types of rope that `initialize_rope` and the model files compute as transformers does.
 _ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "deepseek_yarn", "telechat3-yarn", "longrope", "su",
@@ -91,6 +95,9 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
             raise ModelError(
                 f"config.json: {name} = {text[name]!r} is not supported: mlx-lm computes {computed!r} for this one"
             )
+    for name in _NUMBERS.get(file, ()):
+        if name in text and text[name] is None:
+            raise ModelError(f"config.json: {name} = None is not supported: mlx-lm's file needs a number there")
     rotated = text.get("partial_rotary_factor")
     if rotated not in (None, 1.0) and not (nested or known & PARTS):
         raise ModelError(
@@ -148,18 +155,35 @@ def context_of(config: Mapping[str, Any], args: object, *, attends: bool) -> int
     found = next((value for value in stated if type(value) is int and value > 0), None)
     if found is None:
         found = _NO_CONTEXT if attends else RECURRENT_CONTEXT
-    return min([found, *_bounds(text, args)])
+    inner = getattr(args, "text_config", args)
+    taken = hasattr(inner, "sliding_window") or isinstance(inner, dict)
+    return min([found, *_bounds(text, taken=taken)])
 
 
-def _bounds(text: Mapping[str, Any], args: object) -> Iterator[int]:
-    """Lengths within which nothing changes by what a model file passes over."""
-    window, inner = text.get("sliding_window"), getattr(args, "text_config", args)
-    passed_over = not hasattr(inner, "sliding_window") and not isinstance(inner, dict)
-    if type(window) is int and window > 0 and passed_over and text.get("use_sliding_window", True):
+def shown_context(config: Mapping[str, Any], file: str, stated: int) -> int:
+    """`context_of` of a model that is not made, whose config.json has `stated`."""
+    return min([stated, *_bounds(text_config(config), taken=package.reads_window(file))])
+
+
+def _bounds(text: Mapping[str, Any], *, taken: bool) -> Iterator[int]:
+    """Lengths within which nothing changes by what a model file passes over. `taken`: whether a window is not."""
+    window = text.get("sliding_window")
+    if type(window) is int and window > 0 and not taken and text.get("use_sliding_window", True):
         yield window  # Every token sees all others.
-    turned = getattr(args, "no_rope_layers", None)
+    yield from _window_of_all(text)
+    turned = text.get("no_rope_layers")
     if text.get("model_type") == "llama4_text" and isinstance(turned, list):
         yield from _llama4_bounds(text, turned)
+
+
+def _window_of_all(text: Mapping[str, Any]) -> Iterator[int]:
+    """A Mistral without a list of layers has a window in all of them, where mlx-lm's file has it in none."""
+    usual = {"mistral": MISTRAL_WINDOW, "ministral3": None}
+    kind = text.get("model_type")
+    if kind in usual and not isinstance(text.get("layer_types"), list):
+        window = text.get("sliding_window", usual[kind])
+        if type(window) is int and window > 0:
+            yield window
 
 
 def _llama4_bounds(text: Mapping[str, Any], turned: list[Any]) -> Iterator[int]:

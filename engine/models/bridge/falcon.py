@@ -1,4 +1,4 @@
-"""What mlx-lm's file of Falcon-H1 leaves out: the multiplier of keys, and the groups of a norm."""
+"""What mlx-lm's file of Falcon-H1 leaves out: the multiplier of keys, the groups of a norm, and layers of codes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engine.models.fields import Fields
+from stoker.errors import ModelError
+
+#: By this one the file sees whether tensors are in its layout, their multipliers within.
+_CONV = "model.layers.0.mamba.conv1d.weight"
 
 
 def correct(network: nn.Module, file: str, config: Mapping[str, Any]) -> None:
@@ -23,6 +27,25 @@ def correct(network: nn.Module, file: str, config: Mapping[str, Any]) -> None:
         norm = layer.mamba.get("norm")
         if norm is not None and norm.n_groups > 1:
             layer.mamba.norm = GroupedNorm(norm)
+
+
+def in_layout(network: Any, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The tensors as the file has them, each with its multiplier: of a layer that is codes, its scales and biases have
+    it, where the file would multiply the codes. Raises `ModelError` for scales that cannot be multiplied."""
+    coded = [name.removesuffix(".scales") for name in arrays if name.endswith(".scales")]
+    apart = {f"{stem}.{part}" for stem in coded for part in ("weight", "scales", "biases")}
+    made: dict[str, mx.array] = network.sanitize({name: array for name, array in arrays.items() if name not in apart})
+    if made.get(_CONV) is arrays.get(_CONV):
+        return dict(arrays)
+    made |= {f"{stem}.weight": arrays[f"{stem}.weight"] for stem in coded}
+    for part in ("scales", "biases"):
+        numbers = {f"{stem}.weight": arrays[f"{stem}.{part}"] for stem in coded if f"{stem}.{part}" in arrays}
+        for name, array in numbers.items():
+            if not mx.issubdtype(array.dtype, mx.floating):
+                raise ModelError(f"the {part} of {name!r} are of {array.dtype}, not of floating-point numbers")
+        multiplied = network.sanitize({**numbers, _CONV: arrays[_CONV]})
+        made |= {f"{name.removesuffix('weight')}{part}": multiplied[name] for name in numbers}
+    return made
 
 
 class GroupedNorm(nn.Module):

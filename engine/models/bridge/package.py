@@ -62,6 +62,10 @@ REFUSED: Mapping[str, str] = {
 }
 _MODEL = re.compile(r"^class Model\(|^from \S+ import .*\bModel\b", re.MULTILINE)
 
+_WINDOW = re.compile(r"^    sliding_window\b|^    text_config: (?:dict|Dict)\b", re.MULTILINE)
+#: A file whose arguments are another's, or more than these.
+_INHERITED = re.compile(r"^class ModelArgs\((\w+)\.ModelArgs\)", re.MULTILINE)
+
 
 @functools.cache
 def folder() -> Path | None:
@@ -93,6 +97,18 @@ def file_of(config: Mapping[str, Any]) -> str | None:
             return ARCHITECTURE_REMAPPING[kind, architecture]
     name = REMAPPING.get(kind, kind)
     return name if name in files() and name not in REFUSED else None
+
+
+@functools.cache
+def reads_window(name: str) -> bool:
+    """Whether a model file takes a sliding window, itself or with all that config.json says of its language model; by
+    its text, without MLX."""
+    root = folder()
+    path = None if root is None else root / "models" / f"{name}.py"
+    if path is None or not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8")
+    return bool(_WINDOW.search(text)) or any(reads_window(other) for other in _INHERITED.findall(text) if other != name)
 
 
 def unknown(kind: object, own: tuple[str, ...]) -> ModelError:

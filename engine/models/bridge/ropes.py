@@ -14,12 +14,14 @@ from mlx.utils import tree_unflatten
 from engine.models.bridge import package
 from engine.models.bridge.configs import text_config
 from engine.models.fields import Fields
+from engine.models.rope import yarn_gain
 from stoker.errors import ModelError
 
 
 def correct(network: nn.Module, file: str, config: Mapping[str, Any]) -> None:
     """Dynamic NTK stretches what lies beyond the context, where no request goes: plain positions within it. YaRN's
-    `truncate` and `attention_factor`, which mlx-lm passes over, count. Raises `ModelError` for values that are none."""
+    `truncate` and `attention_factor`, which mlx-lm passes over, count, and neither `mscale` nor `mscale_all_dim` does
+    alone. Raises `ModelError` for values that are none."""
     if file == "glm":
         _turn_a_part(network, text_config(config))
     plain: dict[str, nn.Module] = {}
@@ -36,8 +38,7 @@ def correct(network: nn.Module, file: str, config: Mapping[str, Any]) -> None:
                 continue
             if not fields.flag("truncate", default=True):
                 module._freqs = _untruncated(module, fields, text_config(config))  # noqa: SLF001
-            if stated.get("attention_factor") is not None:
-                module.mscale = fields.number("attention_factor")
+            module.mscale = yarn_gain(fields, stated, fields.number("factor"))
 
 
 def _turn_a_part(network: nn.Module, text: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engine.models.bridge import package
+from stoker.errors import ModelError
 
 CORRECTION = "moe_statics.e_score_correction_bias"
 
@@ -21,13 +22,22 @@ def correct(network: nn.Module, file: str) -> None:
             module.__class__ = _of_all()
 
 
-def corrections(kind: object, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The corrections of an ERNIE's routers, which mlx-lm's `sanitize` drops; those of its layers that draft apart."""
-    if kind != "ernie4_5_moe":
+def corrections(config: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The corrections of an ERNIE's routers, which mlx-lm's `sanitize` drops; those of its layers that draft apart.
+
+    Raises `ModelError` for a copy that has lost them."""
+    if config.get("model_type") != "ernie4_5_moe":
         return {}
-    return {
+    found = {
         name: array for name, array in arrays.items() if name.startswith("model.layers.") and name.endswith(CORRECTION)
     }
+    if not found and config.get("moe_use_aux_free") is True:
+        raise ModelError(
+            f"the tensors {CORRECTION!r} are missing, by which its experts are chosen (moe_use_aux_free of "
+            "config.json): mlx-lm drops them when it writes a copy. Take the maker's own folder; `stoker models "
+            "quantize` makes a copy that keeps them"
+        )
+    return found
 
 
 def put_in(network: nn.Module, names: Collection[str]) -> None:

@@ -27,6 +27,21 @@ _KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "ernie4_5": {"tie_word_embeddings": True},
     "ernie4_5_moe": {"tie_word_embeddings": True},
+    "falcon_h1": {
+        **dict.fromkeys(
+            (
+                "attention_out_multiplier",
+                "embedding_multiplier",
+                "key_multiplier",
+                "lm_head_multiplier",
+                "ssm_in_multiplier",
+                "ssm_out_multiplier",
+            ),
+            1.0,
+        ),
+        "mlp_multipliers": [1.0, 1.0],
+        "ssm_multipliers": [1.0] * 5,
+    },
     "gemma3_text": {"max_position_embeddings": 131_072},
     # Steps of time are not bounded; and positions are those of its states alone.
     "granitemoehybrid": {"time_step_limit": [0.0, math.inf], "position_embedding_type": "nope"},

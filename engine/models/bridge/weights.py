@@ -102,13 +102,16 @@ def fill(folder: Path, config: Mapping[str, Any], network: nn.Module, arrays: di
     try:
         weights = _experts_upright(arrays) if config.get("model_type") == "gpt_oss" else dict(arrays)
         weights = _with_head(weights) if config.get("model_type") in OWN_HEAD else weights
-        weights = network.sanitize(weights) if hasattr(network, "sanitize") else weights
+        if config.get("model_type") == "falcon_h1":
+            weights = falcon.in_layout(network, weights)
+        elif hasattr(network, "sanitize"):
+            weights = network.sanitize(weights)
     except Exception as error:
         raise ModelError(
             f"{folder}: mlx-lm cannot bring the tensors into its layout ({type(error).__name__}: {str(error)[:300]})"
         ) from error
     _check_head(folder, arrays, weights)
-    corrections = routers.corrections(config.get("model_type"), arrays)
+    corrections = _corrections(folder, config, arrays)
     routers.put_in(network, corrections)
     weights = {name: array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")} | corrections
     weights = _stacked(weights)
@@ -133,6 +136,13 @@ def _check_head(folder: Path, arrays: Mapping[str, mx.array], weights: Mapping[s
                 f"{folder}: tensor {name!r} is not the embedding, which mlx-lm would take in its place, by "
                 "tie_word_embeddings of config.json or by default. If the head counts, set that to false"
             )
+
+
+def _corrections(folder: Path, config: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    try:
+        return routers.corrections(config, arrays)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def _with_head(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
