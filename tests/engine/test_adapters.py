@@ -286,9 +286,7 @@ def test_a_damaged_adapter_is_refused_by_file_and_defect(
     assert str(folder_of(store, "style", 1)) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"peft_type": "IA3"}, {"lora_bias": True}, {"alpha_pattern": {"q_proj": 99}}, {"fan_in_fan_out": True}]
-)
+@pytest.mark.parametrize("fields", [{"peft_type": "IA3"}, {"lora_bias": True}, {"alpha_pattern": {"q_proj": 99}}])
 def test_a_peft_adapter_of_another_kind_is_refused(
     model: LoadedModel, store: AdapterStore, fields: dict[str, Any]
 ) -> None:
