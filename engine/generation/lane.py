@@ -168,7 +168,7 @@ class GenerateLane:
     ) -> Generation:
         """`passed`: another rank has prepared it before."""
         check_ids(self._model, request)
-        prompt = tokenize(self._model, request)
+        prompt = tokenize(self._model, request, ticket.sent)
         most = self.budget.most_tokens
         check_memory(len(prompt.ids), most, request.model)
         adapter = self._pool.resolved(request.adapter)
