@@ -311,11 +311,11 @@ class Engine:
         return kept_bytes(model.linear_shapes, request, model.shard)
 
     def forget(self, model: str, name: str, version: int) -> None:
-        """Free the memory of an adapter's version whose files have become others, except while it is in use. For
-        callers in other threads than the engine's."""
-        pool = self._warm.pools.get(model)
-        if pool is not None:
-            self._run_errand(lambda: pool.drop(name, version))
+        """Let go of an adapter's version whose files have become others: jobs that run keep it, those that come get the
+        new one. For callers in other threads than the engine's."""
+        lane = self._warm.lanes.get((model, GenerateRequest.kind))
+        if isinstance(lane, GenerateLane):
+            self._run_errand(lambda: lane.forget(name, version))
 
     def pool(self, model: str) -> AdapterPool:
         """The adapters of `model` in memory."""

@@ -158,6 +158,12 @@ class GenerateLane:
         self._pinned = beginnings
         self.prefixes.pin((each.adapter, each.ids) for each in beginnings)
 
+    def forget(self, name: str, version: int) -> None:
+        """The files of an adapter's version have become others: what comes from now on has the new ones, and nothing
+        that was made with the old ones. What runs goes on as it began."""
+        self._pool.drop(name, version)
+        self.prefixes.forget((name, version))
+
     def prepare(
         self,
         ticket: Ticket[GenerateResult],

@@ -515,13 +515,30 @@ def test_loading_another_leaves_the_shapes_of_a_running_step(model: LoadedModel,
     assert np.array_equal(logits(model, after), text)
 
 
-def test_a_version_is_dropped_from_memory_unless_it_is_in_use(model: LoadedModel, pool: AdapterPool) -> None:
-    pool.save("style", tiny.adapter(model, 2, 1), {})
+def test_a_version_that_is_dropped_serves_those_that_use_it_and_nobody_else(
+    model: LoadedModel, pool: AdapterPool, store: AdapterStore
+) -> None:
+    store.write("tiny", "style", tiny.adapter(model, 2, 1), {}, 1)
     row = pool.acquire("style@1")
-    assert not pool.drop("style", 1)
+    before = logits(model, pool.rows([row]))
+    store.set_aside("tiny", "style", 1)
+    store.write("tiny", "style", tiny.adapter(model, 2, 5), {}, 1)
+    pool.drop("style", 1)
+    assert not pool.loaded
+    now = pool.acquire("style@1")
+    assert now != row
+    assert pool.identity(now) == ("style", 1) != pool.identity(row)
+    assert np.array_equal(logits(model, pool.rows([row])), before)
+    assert not np.array_equal(logits(model, pool.rows([now])), before)
     pool.release(row)
-    assert pool.drop("style", 1)
-    assert pool.drop("style", 1), "it is not there"
+    assert pool.identity(row) is None, "its place is free"
+    assert list(pool.loaded) == ["style@1"]
+
+
+def test_a_version_is_dropped_from_memory(model: LoadedModel, pool: AdapterPool) -> None:
+    pool.save("style", tiny.adapter(model, 2, 1), {})
+    for _ in range(2):
+        pool.drop("style", 1)
     assert pool.loaded == ()
     found = logits(model, pool.rows([pool.acquire("style")]))
     assert np.abs(found[0] - alone(model, tiny.adapter(model, 2, 1))).max() < 1e-4
