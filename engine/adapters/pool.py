@@ -169,13 +169,24 @@ class AdapterPool:
         held.used = next(self._clock)
 
     def _hold(self, name: str, version: int, weights: LoraWeights) -> int:
-        self._widen(weights)
-        index = self._room()
+        index = self._place_for(weights)
         # From now on the row is nobody's: where writing it fails, it must not serve under the name of before.
         self._held[index] = None
         self._write(index, weights, self._norms.get((name, version), {}))
         self._held[index] = _Held(name, version, next(self._clock))
         return index
+
+    def _place_for(self, weights: LoraWeights) -> int:
+        """A free index, in stacks that have room for an adapter; where there is no memory for larger ones, those of
+        before serve on, and no row of another tries again."""
+        stacks, rank, places = {name: dict(stack) for name, stack in self._stacks.items()}, self._rank, len(self._held)
+        try:
+            self._widen(weights)
+            return self._room()
+        except Exception:
+            self._stacks, self._rank = stacks, rank
+            self._held = [*self._held[:places], *[None] * (places - len(self._held))]
+            raise
 
     def _widen(self, weights: LoraWeights) -> None:
         """Give the stacks the layers, sides and rank that an adapter needs."""

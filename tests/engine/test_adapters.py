@@ -515,6 +515,34 @@ def test_loading_another_leaves_the_shapes_of_a_running_step(model: LoadedModel,
     assert np.array_equal(logits(model, after), text)
 
 
+@pytest.mark.parametrize("rank", [2, 40])
+def test_an_adapter_for_which_the_stacks_cannot_grow_leaves_the_others_as_they_are(
+    model: LoadedModel, pool: AdapterPool, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """One that needs another place, and one that needs more rank too: no stream of another pays for the attempt."""
+    for seed in range(4):
+        store.write("tiny", f"style-{seed}", tiny.adapter(model, 2 if seed < 3 else rank, seed), {}, 1)
+    rows = [pool.acquire(f"style-{seed}") for seed in range(3)]
+    before, held = logits(model, pool.rows(rows), 3), pool.loaded
+    plain, asked = mx.eval, pool.bytes
+
+    def without_memory(*arrays: Any) -> None:
+        if pool.bytes > asked:
+            raise RuntimeError("no memory for larger stacks")
+        plain(*arrays)
+
+    monkeypatch.setattr(mx, "eval", without_memory)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            pool.acquire("style-3")
+        assert (pool.bytes, pool.loaded) == (asked, held)
+    assert np.array_equal(logits(model, pool.rows(rows), 3), before)
+    monkeypatch.undo()
+    last = pool.acquire("style-3")
+    found = logits(model, pool.rows([*rows, last]), 4)
+    assert np.abs(found[3] - alone(model, tiny.adapter(model, rank, 3))).max() < 1e-4
+
+
 def test_a_version_that_is_dropped_serves_those_that_use_it_and_nobody_else(
     model: LoadedModel, pool: AdapterPool, store: AdapterStore
 ) -> None:
