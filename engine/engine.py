@@ -160,7 +160,13 @@ class Engine:
     ) -> Ticket[Embedded]: ...
     @overload
     def submit(
-        self, job_id: str, request: GenerateRequest, data: Published = None, *, deadline: float | None = None
+        self,
+        job_id: str,
+        request: GenerateRequest,
+        data: Published = None,
+        *,
+        deadline: float | None = None,
+        sent: float | None = None,
     ) -> Ticket[GenerateResult]: ...
     @overload
     def submit(
@@ -171,12 +177,19 @@ class Engine:
         self, job_id: str, request: AdapterRequest, data: AdapterInput, *, deadline: float | None = None
     ) -> Ticket[AdapterResult]: ...
     def submit(
-        self, job_id: str, request: Request, data: JobData = None, *, deadline: float | None = None
+        self,
+        job_id: str,
+        request: Request,
+        data: JobData = None,
+        *,
+        deadline: float | None = None,
+        sent: float | None = None,
     ) -> Ticket[Any]:
         """Queue a job. Raises at once if the request does not fit the model.
 
         `data` of a generation job: the tokens that were published already; the job goes on behind them. `deadline`:
-        seconds from now after which the job ends with `DeadlineExceeded`.
+        seconds from now after which the job ends with `DeadlineExceeded`. `sent`: when its client sent it, in seconds
+        since the epoch, which is the date that chat templates write; None: now.
         """
         lane = self._warm.lanes.get((request.model, request.kind))
         if lane is None:
@@ -184,7 +197,7 @@ class Engine:
                 raise _unloaded(request.model)
             warm = sorted(model for model, kind in self._warm.lanes if kind == request.kind)
             raise UnknownModel(f"model {request.model!r} given; this worker can {request.kind} with {warm}.")
-        ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline, priority=request.priority)
+        ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline, priority=request.priority, sent=sent)
         self._send(lane, ticket, request, data)
         return ticket
 
@@ -298,11 +311,11 @@ class Engine:
         return kept_bytes(model.linear_shapes, request, model.shard)
 
     def forget(self, model: str, name: str, version: int) -> None:
-        """Free the memory of an adapter's version whose files have become others, except while it is in use. For
-        callers in other threads than the engine's."""
-        pool = self._warm.pools.get(model)
-        if pool is not None:
-            self._run_errand(lambda: pool.drop(name, version))
+        """Let go of an adapter's version whose files have become others: jobs that run keep it, those that come get the
+        new one. For callers in other threads than the engine's."""
+        lane = self._warm.lanes.get((model, GenerateRequest.kind))
+        if isinstance(lane, GenerateLane):
+            self._run_errand(lambda: lane.forget(name, version))
 
     def pool(self, model: str) -> AdapterPool:
         """The adapters of `model` in memory."""

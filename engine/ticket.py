@@ -18,12 +18,21 @@ class Ticket(Generic[R]):
     """Given to the caller on submission; the job ends with an R or an error.
 
     `cancel` may be called from any thread, at any time, more than once. `quiet`: it is no job of a client, so its
-    tokens are neither published nor counted.
+    tokens are neither published nor counted. `sent`: when it was by its client, in seconds since the epoch, also
+    where another process had it before; None: it comes from none.
     """
 
     def __init__(
-        self, job_id: str, kind: str, deadline: float | None = None, *, priority: int = 5, quiet: bool = False
+        self,
+        job_id: str,
+        kind: str,
+        deadline: float | None = None,
+        *,
+        priority: int = 5,
+        quiet: bool = False,
+        sent: float | None = None,
     ) -> None:
+        self.sent = sent
         self.job_id, self.kind, self.priority, self.quiet = job_id, kind, priority, quiet
         #: When it is stopped, monotonic seconds; None: never.
         self.deadline = None if deadline is None else time.monotonic() + deadline

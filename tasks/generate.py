@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from stoker.broker import keys
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from workers import adapters
 from workers.beginnings import beginnings
 from workers.job import Job, JobHandler, Submit, job_task
+
+if TYPE_CHECKING:
+    from engine.ticket import Ticket
 
 
 class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateResult]):
@@ -27,7 +32,15 @@ class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateRes
         return [StreamToken.model_validate_json(fields[b"entry"]) for _, fields in rows]
 
     def submit(self, job: Job) -> Submit[GenerateRequest, list[StreamToken], GenerateResult]:
-        return job.runtime.engine.submit
+        engine, sent = job.runtime.engine, job.claim.submitted
+
+        def submit(
+            job_id: str, request: GenerateRequest, data: list[StreamToken], /, *, deadline: float | None
+        ) -> Ticket[GenerateResult]:
+            # By its record: another owner's prompt has the same date.
+            return engine.submit(job_id, request, data, deadline=deadline, sent=sent)
+
+        return submit
 
     def finish(self, job: Job, request: GenerateRequest, result: GenerateResult) -> GenerateResult:
         job.runtime.placing.note(beginnings(request))

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, target_shapes
+from engine.adapters.peft_names import named, peft_name, turned
 from engine.adapters.targets import target_layers
 from engine.models.allowed import ANYTHING, Table
 from engine.models.fields import Fields
@@ -25,8 +26,8 @@ Numbers = dict[str, dict[str, np.ndarray]]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-#: PEFT's name for our layer `layers.0.self_attn.q_proj` is this before it.
-_PREFIX = "base_model.model.model."
+#: What a file has before PEFT's name of each layer.
+_PREFIX = "base_model.model."
 #: What PEFT's fields say: some are read, some change nothing once an adapter is trained, and of those that make
 #: something else of the sum, the values with which it is LoRA or DoRA.
 _TABLE = Table(
@@ -44,7 +45,8 @@ _TABLE = Table(
             ANYTHING,
         ),
         "peft_type": ("LORA",),
-        "fan_in_fan_out": (False,),
+        # PEFT goes by the layer itself.
+        "fan_in_fan_out": (False, True),
         "bias": ("none",),
         "lora_bias": (False,),
         "rank_pattern": ({},),
@@ -74,11 +76,12 @@ _TENSOR = re.compile(
 def write(folder: Path, model: str, weights: LoraWeights) -> None:
     """Write both files into `folder`, each whole. Raises `OSError`."""
     tensors = {}
-    for name, sides in weights.matrices.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = sides["a"].T
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = sides["b"].T
+    for layer, sides in weights.matrices.items():
+        name = _PREFIX + peft_name(layer)
+        tensors[f"{name}.lora_A.weight"] = sides["a"].T
+        tensors[f"{name}.lora_B.weight"] = sides["b"].T
         if "m" in sides:
-            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = sides["m"]
+            tensors[f"{name}.lora_magnitude_vector"] = sides["m"]
     safetensors.write(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -86,12 +89,14 @@ def write(folder: Path, model: str, weights: LoraWeights) -> None:
         "base_model_name_or_path": model,
         "r": weights.config.rank,
         "lora_alpha": weights.config.alpha,
-        "target_modules": sorted(weights.config.targets),
+        "target_modules": sorted(
+            peft_name(target) if target in weights.matrices else target for target in weights.config.targets
+        ),
         "use_rslora": weights.config.rslora,
         "use_dora": weights.config.dora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(map(turned, weights.matrices)),
         "inference_mode": True,
     }
     write_json(folder / CONFIG_FILE, config)
@@ -105,8 +110,11 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
     path = folder / CONFIG_FILE
     fields = read_object(path)
     config = _config(path, fields)
-    wanted = target_layers(str(path), fields, shapes)
-    return _weights(folder / WEIGHTS_FILE, config, shapes, wanted)
+    tensors = safetensors.read_numbers(folder / WEIGHTS_FILE)
+    layers = named(shapes, [match["layer"] for match in map(_TENSOR.fullmatch, tensors) if match])
+    wanted = target_layers(str(path), fields, layers)
+    matrices = _matrices(folder / WEIGHTS_FILE, tensors, layers, wanted)
+    return checked(folder / WEIGHTS_FILE, config, matrices, shapes, wanted)
 
 
 def checked_rank(path: Path, rank: object) -> int:
@@ -148,21 +156,23 @@ def _check_beginning(path: Path, value: object) -> None:
     )
 
 
-def _weights(
-    path: Path, config: LoraConfig, shapes: Mapping[str, tuple[int, int]], wanted: Collection[str]
-) -> LoraWeights:
+def _matrices(
+    path: Path, tensors: Mapping[str, np.ndarray], layers: Mapping[str, str], wanted: Collection[str]
+) -> Numbers:
+    """`layers`: PEFT's name → ours."""
     matrices: Numbers = {}
-    for tensor, array in safetensors.read_numbers(path).items():
+    for tensor, array in tensors.items():
         match = _TENSOR.fullmatch(tensor)
-        if match is None or match["layer"] not in shapes:
+        layer = None if match is None else layers.get(match["layer"])
+        if match is None or layer is None:
             raise ModelError(f"{path}: tensor {tensor} belongs to no layer of this model.")
-        if match["layer"] not in wanted:
+        if layer not in wanted:
             raise ModelError(f"{path}: tensor {tensor} belongs to a layer that {CONFIG_FILE} leaves out.")
         side = "m" if match["m"] else match["side"].lower()
-        if side in matrices.setdefault(match["layer"], {}):
+        if side in matrices.setdefault(layer, {}):
             raise ModelError(f"{path}: tensor {tensor} is there under two names.")
-        matrices[match["layer"]][side] = array if side == "m" else array.T
-    return checked(path, config, matrices, shapes, wanted)
+        matrices[layer][side] = array if side == "m" else array.T
+    return matrices
 
 
 def checked(

@@ -31,6 +31,7 @@ _NEUTRAL = {"a": 0.0, "b": 0.0, "gain": 1.0, "shift": 0.0}
 @dataclass
 class _Held:
     name: str
+    #: Below 0 once its files have become others: nobody finds it, and those who use it keep it.
     version: int
     #: When it was last asked for, in a count of its own.
     used: int
@@ -63,7 +64,7 @@ class AdapterPool:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        return tuple(f"{held.name}@{held.version}" for held in list(self._held) if held)
+        return tuple(f"{held.name}@{held.version}" for held in list(self._held) if held and held.version > 0)
 
     @property
     def bytes(self) -> int:
@@ -99,12 +100,16 @@ class AdapterPool:
         return self._store.read(self._model.name, name, version, self._model.linear_shapes)
 
     def identity(self, index: int) -> tuple[str, int] | None:
-        """The name and version behind an acquired index; None for the base."""
+        """The name and version behind an acquired index; None for the base. The version is a number of its own, below
+        0, where `drop` took it from the weights in use."""
         held = self._held[index]
         return (held.name, held.version) if held else None
 
     def release(self, index: int) -> None:
         self._uses[index] -= 1
+        held = self._held[index]
+        if held is not None and held.version < 0 and not self._uses[index]:
+            self._held[index] = None
 
     @property
     def in_use(self) -> int:
@@ -132,13 +137,18 @@ class AdapterPool:
         shard = self._model.shard
         return weights if shard is None else part_of(weights, shard, self._linears)
 
-    def drop(self, name: str, version: int) -> bool:
-        """Free the memory of a version; False if it is in use, and stays."""
+    def drop(self, name: str, version: int) -> None:
+        """Read a version's files anew when it is asked for again. Those that use it keep what they have."""
+        self._norms.pop((name, version), None)
         index = self._find(name, version)
-        if index is None or self._uses[index]:
-            return index is None
-        self._held[index] = None
-        return True
+        if index is None:
+            return
+        held = self._held[index]
+        assert held is not None
+        if self._uses[index]:
+            held.version = -1 - next(self._clock)
+        else:
+            self._held[index] = None
 
     def rows(self, indices: Sequence[int]) -> StackedLora | None:
         """What the forward pass of a batch needs, one index a row; None if all rows are the bare base, or adapters
@@ -159,13 +169,24 @@ class AdapterPool:
         held.used = next(self._clock)
 
     def _hold(self, name: str, version: int, weights: LoraWeights) -> int:
-        self._widen(weights)
-        index = self._room()
+        index = self._place_for(weights)
         # From now on the row is nobody's: where writing it fails, it must not serve under the name of before.
         self._held[index] = None
         self._write(index, weights, self._norms.get((name, version), {}))
         self._held[index] = _Held(name, version, next(self._clock))
         return index
+
+    def _place_for(self, weights: LoraWeights) -> int:
+        """A free index, in stacks that have room for an adapter; where there is no memory for larger ones, those of
+        before serve on, and no row of another tries again."""
+        stacks, rank, places = {name: dict(stack) for name, stack in self._stacks.items()}, self._rank, len(self._held)
+        try:
+            self._widen(weights)
+            return self._room()
+        except Exception:
+            self._stacks, self._rank = stacks, rank
+            self._held = [*self._held[:places], *[None] * (places - len(self._held))]
+            raise
 
     def _widen(self, weights: LoraWeights) -> None:
         """Give the stacks the layers, sides and rank that an adapter needs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ class AdapterStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        #: For those who put other files in the place of a version's: jobs of several lanes may find at once that they
+        #: have to, and the second must not take the files of the first, nor use the old ones from memory.
+        self.replacing = threading.Lock()
 
     def names(self, model: str) -> list[str]:
         folder = self._root / checked(Rule.NAME, "model", model)

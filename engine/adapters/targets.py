@@ -9,8 +9,6 @@ from typing import Any
 from engine.platform.limited import LimitedProcess, LimitPassed
 from stoker.errors import ModelError
 
-#: PEFT's name of our layer `layers.0.self_attn.q_proj` has this before it.
-BODY = "model."
 #: What PEFT takes for each architecture here where the file names no targets.
 _DEFAULT = ("q_proj", "v_proj")
 _ALL = "all-linear"
@@ -22,10 +20,10 @@ _matcher = LimitedProcess(
 )
 
 
-def target_layers(where: str, fields: Mapping[str, Any], layers: Iterable[str]) -> set[str]:
-    """Those of `layers` that an adapter of these fields of PEFT's config changes. Raises `ModelError` naming a field
-    that is not as PEFT takes it."""
-    keys = [BODY + layer for layer in layers]
+def target_layers(where: str, fields: Mapping[str, Any], layers: Mapping[str, str]) -> set[str]:
+    """Those of `layers`, PEFT's name → ours, that an adapter of these fields of PEFT's config changes, by our names.
+    Raises `ModelError` naming a field that is not as PEFT takes it."""
+    keys = list(layers)
     targets = fields.get("target_modules")
     numbers = _numbers(where, fields)
     if isinstance(targets, str):
@@ -38,7 +36,7 @@ def target_layers(where: str, fields: Mapping[str, Any], layers: Iterable[str]) 
         found = _named(keys, names)
         if numbers is not None:
             found = {key for key in found if key in names} | _of_layers(where, fields, sorted(found), numbers)
-    return {key.removeprefix(BODY) for key in found - _excluded(where, fields, keys)}
+    return {layers[key] for key in found - _excluded(where, fields, keys)}
 
 
 def _named(keys: Iterable[str], names: Sequence[str]) -> set[str]:

@@ -84,6 +84,9 @@ class FollowedLane:
             self._tickets.pop(number).cancel()
         self._lane.drop_stopped()
 
+    def forget(self, name: str, version: int) -> None:
+        self._lane.forget(name, version)
+
     def turn(self, *, lookahead: bool) -> StepOutput:
         output = self._lane.run(lookahead=lookahead)
         for ticket, _ in output.ended:

@@ -158,6 +158,12 @@ class GenerateLane:
         self._pinned = beginnings
         self.prefixes.pin((each.adapter, each.ids) for each in beginnings)
 
+    def forget(self, name: str, version: int) -> None:
+        """The files of an adapter's version have become others: what comes from now on has the new ones, and nothing
+        that was made with the old ones. What runs goes on as it began."""
+        self._pool.drop(name, version)
+        self.prefixes.forget((name, version))
+
     def prepare(
         self,
         ticket: Ticket[GenerateResult],
@@ -168,7 +174,7 @@ class GenerateLane:
     ) -> Generation:
         """`passed`: another rank has prepared it before."""
         check_ids(self._model, request)
-        prompt = tokenize(self._model, request)
+        prompt = tokenize(self._model, request, ticket.sent)
         most = self.budget.most_tokens
         check_memory(len(prompt.ids), most, request.model)
         adapter = self._pool.resolved(request.adapter)

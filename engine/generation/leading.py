@@ -95,6 +95,10 @@ class LeadingLane(GenerateLane):
             self._sharing.admit(self._name, Admission.of(self._admitted, work))
         super().admit(work)
 
+    def forget(self, name: str, version: int) -> None:
+        """When it is asked for again: the others hear of it then, and drop the same prefixes as this one."""
+        self._lent.discard((name, version))
+
     def _pin(self, work: Generation) -> None:
         """Let all ranks use one version of the job's adapter, and have its files. Raises what reading them does."""
         adapter = self._pool.resolved(work.request.adapter)
@@ -105,6 +109,7 @@ class LeadingLane(GenerateLane):
         if adapter not in self._lent:
             weights = self._pool.read(name, version)
             self._sharing.lend(self._name, adapter, weights)
+            super().forget(name, version)
             self._measure(adapter, weights)
             self._lent.add(adapter)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import reduce
 
 import numpy as np
@@ -28,9 +29,11 @@ class TokenizedPrompt:
     in_reasoning: bool = False
 
 
-def tokenize(model: LoadedModel, request: GenerateRequest) -> TokenizedPrompt:
-    """The prompt's ids, with room left for an answer. Raises `InvalidRequest` and `TextTooLong`."""
-    prompt = _tokenized(model, request)
+def tokenize(model: LoadedModel, request: GenerateRequest, sent: float | None = None) -> TokenizedPrompt:
+    """The prompt's ids, with room left for an answer. `sent`: when the request was, in seconds since the epoch; None:
+    now. A template writes that date, in the time of this machine's place: a job that goes on elsewhere, or behind
+    midnight, has the same prompt. Raises `InvalidRequest` and `TextTooLong`."""
+    prompt = _tokenized(model, request, sent)
     ids = prompt.ids
     if not ids:
         raise InvalidRequest(f"prompt: {str(request.prompt)[:40]!r} given, which is no token of {request.model}.")
@@ -82,12 +85,12 @@ def check_memory(tokens: int, most: int, model: str) -> None:
         )
 
 
-def _tokenized(model: LoadedModel, request: GenerateRequest) -> TokenizedPrompt:
+def _tokenized(model: LoadedModel, request: GenerateRequest, sent: float | None) -> TokenizedPrompt:
     if request.prompt_ids is not None:
         return TokenizedPrompt(list(request.prompt_ids))
     if request.prompt is not None:
         return TokenizedPrompt(model.tokenizer.encode(request.prompt), _ends_open(request.prompt))
-    text = _render(model, request)
+    text = _render(model, request, sent)
     # The template writes the special tokens itself, the one at the beginning too.
     return TokenizedPrompt(model.tokenizer.encode(text, special=False), _opened(text, request))
 
@@ -104,7 +107,7 @@ def _opened(text: str, request: GenerateRequest) -> bool:
     return _ends_open(text) and not by_user
 
 
-def _render(model: LoadedModel, request: GenerateRequest) -> str:
+def _render(model: LoadedModel, request: GenerateRequest, sent: float | None) -> str:
     tokenizer = model.tokenizer
     return chat.render(
         choose(tokenizer.templates, request.tools is not None, request.model),
@@ -112,4 +115,5 @@ def _render(model: LoadedModel, request: GenerateRequest) -> str:
         tools=request.tools,
         names=tokenizer.manners.names,
         extra=request.template,
+        moment=None if sent is None else datetime.fromtimestamp(sent),
     )

@@ -50,6 +50,8 @@ class Owners:
         have in memory."""
         if adapter is None:
             return self.base
+        if adapter[1] < 0:
+            return None
         try:
             content = self._content(*adapter)
         except OSError:

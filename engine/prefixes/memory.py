@@ -122,6 +122,11 @@ class PrefixCache:
         self._alike[self._beginning(owner, entry.tokens)][key] = None
         self.nbytes += kv.nbytes
 
+    def forget(self, owner: Hashable) -> None:
+        """Drop all of an owner, whose keys and values are not those that its name has now."""
+        for key in [key for key in self._entries if key[0] == owner]:
+            self._drop(key)
+
     def evict(self) -> bool:
         """Drop the least recently used entry, of those that are not pinned if there is one; whether there was any."""
         if not self._entries:

@@ -158,7 +158,6 @@ def install(run: Path, names: Sequence[str], fetch: Callable[[str, Path], object
         with draft_folder(home) as draft:
             for name in inside:
                 fetch(name, draft / Path(name).name)
-            if folder.startswith(BEST):
-                # One of this disk may come from before a rollback.
-                remove_folder(home / folder)
+            # One of this disk may come from before a rollback, or be damaged.
+            remove_folder(home / folder)
             publish(draft, home / folder)

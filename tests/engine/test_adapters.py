@@ -286,9 +286,7 @@ def test_a_damaged_adapter_is_refused_by_file_and_defect(
     assert str(folder_of(store, "style", 1)) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"peft_type": "IA3"}, {"lora_bias": True}, {"alpha_pattern": {"q_proj": 99}}, {"fan_in_fan_out": True}]
-)
+@pytest.mark.parametrize("fields", [{"peft_type": "IA3"}, {"lora_bias": True}, {"alpha_pattern": {"q_proj": 99}}])
 def test_a_peft_adapter_of_another_kind_is_refused(
     model: LoadedModel, store: AdapterStore, fields: dict[str, Any]
 ) -> None:
@@ -517,13 +515,58 @@ def test_loading_another_leaves_the_shapes_of_a_running_step(model: LoadedModel,
     assert np.array_equal(logits(model, after), text)
 
 
-def test_a_version_is_dropped_from_memory_unless_it_is_in_use(model: LoadedModel, pool: AdapterPool) -> None:
-    pool.save("style", tiny.adapter(model, 2, 1), {})
+@pytest.mark.parametrize("rank", [2, 40])
+def test_an_adapter_for_which_the_stacks_cannot_grow_leaves_the_others_as_they_are(
+    model: LoadedModel, pool: AdapterPool, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """One that needs another place, and one that needs more rank too: no stream of another pays for the attempt."""
+    for seed in range(4):
+        store.write("tiny", f"style-{seed}", tiny.adapter(model, 2 if seed < 3 else rank, seed), {}, 1)
+    rows = [pool.acquire(f"style-{seed}") for seed in range(3)]
+    before, held = logits(model, pool.rows(rows), 3), pool.loaded
+    plain, asked = mx.eval, pool.bytes
+
+    def without_memory(*arrays: Any) -> None:
+        if pool.bytes > asked:
+            raise RuntimeError("no memory for larger stacks")
+        plain(*arrays)
+
+    monkeypatch.setattr(mx, "eval", without_memory)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            pool.acquire("style-3")
+        assert (pool.bytes, pool.loaded) == (asked, held)
+    assert np.array_equal(logits(model, pool.rows(rows), 3), before)
+    monkeypatch.undo()
+    last = pool.acquire("style-3")
+    found = logits(model, pool.rows([*rows, last]), 4)
+    assert np.abs(found[3] - alone(model, tiny.adapter(model, rank, 3))).max() < 1e-4
+
+
+def test_a_version_that_is_dropped_serves_those_that_use_it_and_nobody_else(
+    model: LoadedModel, pool: AdapterPool, store: AdapterStore
+) -> None:
+    store.write("tiny", "style", tiny.adapter(model, 2, 1), {}, 1)
     row = pool.acquire("style@1")
-    assert not pool.drop("style", 1)
+    before = logits(model, pool.rows([row]))
+    store.set_aside("tiny", "style", 1)
+    store.write("tiny", "style", tiny.adapter(model, 2, 5), {}, 1)
+    pool.drop("style", 1)
+    assert not pool.loaded
+    now = pool.acquire("style@1")
+    assert now != row
+    assert pool.identity(now) == ("style", 1) != pool.identity(row)
+    assert np.array_equal(logits(model, pool.rows([row])), before)
+    assert not np.array_equal(logits(model, pool.rows([now])), before)
     pool.release(row)
-    assert pool.drop("style", 1)
-    assert pool.drop("style", 1), "it is not there"
+    assert pool.identity(row) is None, "its place is free"
+    assert list(pool.loaded) == ["style@1"]
+
+
+def test_a_version_is_dropped_from_memory(model: LoadedModel, pool: AdapterPool) -> None:
+    pool.save("style", tiny.adapter(model, 2, 1), {})
+    for _ in range(2):
+        pool.drop("style", 1)
     assert pool.loaded == ()
     found = logits(model, pool.rows([pool.acquire("style")]))
     assert np.abs(found[0] - alone(model, tiny.adapter(model, 2, 1))).max() < 1e-4

@@ -13,6 +13,7 @@ import pytest
 from engine.engine import Engine
 from engine.errand import Errand
 from engine.generation.limits import LaneLimits
+from engine.prefixes.memory import SHORTEST_ON_CPU
 from engine.ticket import Entry
 from stoker.contract import EmbedRequest, GenerateRequest
 from stoker.errors import ModelError, UnknownModel, WorkerUnavailable
@@ -188,3 +189,24 @@ def test_a_version_whose_files_became_others_is_read_again_once_the_engine_forge
     engine.forget("first", "style", 1)
     engine.forget("another", "style", 1)
     assert tokens("three", "style@1") == tokens("four", "style@2") != before
+
+
+def test_a_prompt_has_no_prefix_of_an_adapter_whose_files_became_others(engine: Engine) -> None:
+    prompt = tuple(3 + number % 50 for number in range(2 * SHORTEST_ON_CPU))
+
+    def answer(job: str, adapter: str) -> tuple[tuple[int, ...], int]:
+        asked = asking("first", 12).model_copy(update={"adapter": adapter, "prompt": None, "prompt_ids": prompt})
+        found = engine.submit(job, asked).result(60)
+        return tuple(found.token_ids), found.usage.cached_tokens
+
+    model, store = engine.model("first"), engine.store
+    store.write("first", "style", tiny.adapter(model, 2, 1), {"job": "before"})
+    for job in ("one", "two"):
+        before, cached = answer(job, "style@1")
+    assert cached
+    store.set_aside("first", "style", 1)
+    for version in (1, 2):
+        store.write("first", "style", tiny.adapter(model, 2, 5), {"job": "now"}, version)
+    engine.forget("first", "style", 1)
+    assert answer("three", "style@1") == answer("four", "style@2") == (answer("five", "style@2")[0], 0)
+    assert answer("six", "style@1")[0] != before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -534,6 +535,16 @@ def test_messages_are_written_by_the_models_template(model: LoadedModel, pool: A
     driver.run()
     assert [plain.ids, tools.ids] == [one.ids for one in wanted]
     assert plain.result.usage.prompt_tokens == 5
+
+
+def test_a_template_writes_the_date_on_which_its_job_was_sent(model: LoadedModel, pool: AdapterPool) -> None:
+    """One that goes on behind midnight would have another prompt, and go on with other tokens."""
+    lane = Driver(model, pool).lane
+    model.tokenizer.templates["default"] = "t{{ strftime_now('%d') | int }}"
+    chat = GenerateRequest(model="tiny", messages=(ChatMessage(role="user", content="x"),))
+    sent = datetime(2026, 3, 7, 23, 59, 59).timestamp()
+    for seconds, wanted in ((sent, 7), (sent + 2, 8)):
+        assert lane.prepare(Ticket("job", chat.kind, sent=seconds), chat, None).prompt == [wanted]
 
 
 def test_what_the_model_wants_before_a_text_stands_there_once(model: LoadedModel, pool: AdapterPool) -> None:

@@ -189,6 +189,23 @@ def adapters(leading: Leading) -> None:
     leading.store.write("tiny", "two", leading.weights(4), {})
 
 
+def test_an_adapter_whose_files_became_others_is_lent_again_and_serves_nobody_from_memory(leading: Leading) -> None:
+    def answer(adapter: str) -> tuple[int, ...]:
+        ticket = leading.submit(adapter=adapter)
+        leading.finish()
+        return tuple(ticket.result(0).token_ids)
+
+    leading.store.write("tiny", "style", leading.weights(1), {}, 1)
+    before = answer("style@1")
+    leading.store.set_aside("tiny", "style", 1)
+    for version in (1, 2):
+        leading.store.write("tiny", "style", leading.weights(5), {}, version)
+    leading.lane.forget("style", 1)
+    assert answer("style@1") == answer("style@2") != before
+    lent = [given[0].version for word, *given in leading.notes.words if word == "lend"]
+    assert lent == [1, 1, 2]
+
+
 @pytest.mark.parametrize("course", [mixed, late, cancels, adapters])
 def test_a_rank_that_hears_what_rank_0_says_chooses_the_same_tokens_in_the_same_turns(
     course: Callable[[Leading], None], leading: Leading, tmp_path: Path

@@ -28,12 +28,14 @@ LAYERS = [
         *(f"self_attn.{each}_proj" for each in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     )
 ]  # fmt: skip
+#: PEFT's names of them.
+KEYS = {f"model.{layer}": layer for layer in LAYERS}
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: json.dumps(case["fields"]))
 def test_an_adapter_changes_the_layers_that_peft_changes(case: dict[str, Any]) -> None:
     try:
-        found = sorted(target_layers("it", case["fields"], LAYERS))
+        found = sorted(target_layers("it", case["fields"], KEYS))
     except ModelError:
         assert not case["layers"]
     else:
@@ -53,14 +55,14 @@ def test_an_adapter_changes_the_layers_that_peft_changes(case: dict[str, Any]) -
 )  # fmt: skip
 def test_targets_that_peft_does_not_take_are_refused_by_name(fields: dict[str, Any], cause: str) -> None:
     with pytest.raises(ModelError, match=cause):
-        target_layers("it", fields, LAYERS)
+        target_layers("it", fields, KEYS)
 
 
 def test_a_pattern_that_takes_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "SECONDS", 0.2)
     with pytest.raises(ModelError, match="takes too long to match"):
-        target_layers("it", {"target_modules": r"(.*)*(.*)*(.*)*(.*)*x"}, LAYERS)
-    assert len(target_layers("it", {"target_modules": r".*\.q_proj"}, LAYERS)) == GOLDEN["layers"]
+        target_layers("it", {"target_modules": r"(.*)*(.*)*(.*)*(.*)*x"}, KEYS)
+    assert len(target_layers("it", {"target_modules": r".*\.q_proj"}, KEYS)) == GOLDEN["layers"]
 
 
 def written(folder: Path, weights: LoraWeights, **fields: Any) -> Path:
@@ -113,7 +115,7 @@ def test_what_the_targets_name_and_the_file_lacks_is_refused_and_what_they_leave
     + [({"use_dora": "yes"}, "use_dora"), ({"use_rslora": 1}, "use_rslora"),
        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-       ({"bias": "all"}, "bias"), ({"fan_in_fan_out": True}, "fan_in_fan_out"), ({"kasa_config": {}}, "kasa_config"),
+       ({"bias": "all"}, "bias"), ({"kasa_config": {}}, "kasa_config"),
        ({"arrow_config": {"top_k": 1}}, "arrow_config"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
        ({"alora_invocation_tokens": []}, "alora_invocation_tokens"), ({"velora_config": {}}, "velora_config"),
        ({"enable_lora": [True]}, "enable_lora"), ({"something_new": 1}, "something_new"),
@@ -137,7 +139,8 @@ def test_fields_of_peft_that_change_nothing_are_no_matter(model: LoadedModel, tm
         said: dict[str, Any] = {"init_lora_weights": beginning, "lora_dropout": 0.1, "loftq_config": {},
                 "megatron_core": "megatron.core", "task_type": "CAUSAL_LM", "peft_version": "0.21.2",
                 "modules_to_save": [], "qalora_group_size": 16,
-                "ensure_weight_tying": False, "eva_config": {"rho": 2.0}, "merge_weights": False}  # fmt: skip
+                "ensure_weight_tying": False, "eva_config": {"rho": 2.0}, "merge_weights": False,
+                "fan_in_fan_out": True}  # fmt: skip
         assert len(peft.read(written(tmp_path, weights, **said), model.linear_shapes).matrices) == len(weights.matrices)
 
 

@@ -300,6 +300,13 @@ def test_a_job_that_an_owner_crashed_with_before_counts_as_resumed_where_it_is_p
     assert (claimed.resumed, claimed.attempt) == (True, 2)
 
 
+def test_every_owner_of_a_job_hears_when_it_was_submitted(redis: Any) -> None:
+    submit(redis)
+    first = claim(redis, "one")
+    assert first.submitted == float(redis.hget(keys.job("job"), Field.SUBMITTED))
+    assert claim(redis, "two").submitted == first.submitted
+
+
 def test_a_second_delivery_of_a_running_job_is_dropped(redis: Any) -> None:
     submit(redis)
     assert claim(redis, "one", "tag-1").state == "run"

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ class Worker:
         self.redis.hset(keys.job("job"), Field.TOKEN, "token")
         lease = JobLease(self.runtime, "job", keys.queue("m", "train"), "token", "tag")
         delivery: Any = SimpleNamespace(id="job", runtime=self.runtime, lease=lease)
-        return Job(delivery, Claim("run", 2.5, resumed), self.resources)
+        return Job(delivery, Claim("run", 2.5, resumed, submitted=1772924399.5), self.resources)
 
     def send(self, kind: Kind, data: bytes) -> str:
         name = str(Upload.of(kind, "job", data))
@@ -244,6 +245,13 @@ def test_a_job_that_had_an_owner_goes_on_behind_its_tokens_and_a_new_one_reads_n
     worker.redis.expire(keys.stream("job"), 60)
     request = generate_request("m", "x", 0, {})
     assert GenerateHandler().load_input(worker.job(resumed=resumed), request) == (published if resumed else [])
+
+
+def test_the_engine_hears_when_a_generation_was_sent(worker: Worker) -> None:
+    """Its template writes that date for each owner."""
+    worker.runtime.engine.submit = Mock()
+    GenerateHandler().submit(worker.job(resumed=True))("job", generate_request("m", "x", 0, {}), [], deadline=None)
+    assert worker.runtime.engine.submit.call_args.kwargs["sent"] == 1772924399.5
 
 
 def test_a_job_keeps_the_version_of_its_adapter_that_it_began_with(worker: Worker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,57 @@ def test_files_that_another_registry_gave_the_same_number_serve_nobody_and_are_n
     assert (aside / "adapter_model.safetensors").read_bytes() == b"of before"
     assert f"were of the job 'before', those of the registry are of 'trains'; the first are in {aside}" in caplog.text
     assert other.store.newest("m", "style") == 1
+
+
+def test_two_jobs_at_once_that_need_other_files_of_a_version_both_get_them(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second finds the files gone that it was to put aside, or asks for the version before memory lets go of it."""
+    home.write(job="trains")
+    home.publish(1)
+    other = elsewhere(home, tmp_path)
+    other.write(job="before", weights=b"of before")
+    begun, ended, plain = threading.Event(), threading.Event(), other.store.set_aside
+    answers: list[str] = []
+
+    def second() -> None:
+        begun.wait(30)
+        answers.append(adapters.pinned(other.run("b"), "m", "style"))
+        answers.append(str(other.forgotten))
+        ended.set()
+
+    def set_aside(*given: Any) -> Path:
+        found = plain(*given)
+        begun.set()
+        # Unless it waits for this one, it is through before memory has let go.
+        ended.wait(0.2)
+        return found
+
+    monkeypatch.setattr(other.store, "set_aside", set_aside)
+    thread = threading.Thread(target=second)
+    thread.start()
+    assert adapters.pinned(other.run("a"), "m", "style") == "style@1"
+    thread.join(30)
+    assert answers == ["style@1", "[('m', 'style', 1)]"]
+
+
+def test_files_that_another_worker_of_the_home_puts_aside_at_the_same_time_end_no_job(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.write(job="trains")
+    home.publish(1)
+    other = elsewhere(home, tmp_path)
+    folder = other.store.folder("m", "style", other.write(job="before", weights=b"of before"))
+    plain = other.store.set_aside
+
+    def set_aside(*given: Any) -> Path:
+        plain(*given)
+        return plain(*given)
+
+    monkeypatch.setattr(other.store, "set_aside", set_aside)
+    assert adapters.pinned(other.run("a"), "m", "style") == "style@1"
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert other.forgotten == [("m", "style", 1)]
 
 
 def test_files_that_another_registry_gave_the_same_number_stay_while_no_store_has_the_registered_ones(

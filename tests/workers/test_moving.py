@@ -285,6 +285,21 @@ def test_a_worker_begins_where_another_left_the_run(
     assert files(folder) == files(run.path)
 
 
+def test_a_damaged_checkpoint_of_the_disk_gives_way_to_the_one_of_the_store(
+    worker: Worker, run: RunFolder, broker: Settings, tmp_path: Path
+) -> None:
+    """Behind a power cut, or on a disk with a bad block."""
+    run.save(5)
+    run.save(10)
+    upload(worker)
+    other, folder = moved(worker, broker, tmp_path)
+    resume(other.job(REQUEST), REQUEST)
+    (folder / "checkpoints/step-00000010/stoker.json").write_text("{")
+    (folder / "checkpoints/step-00000005/trainer.safetensors").write_bytes(b"")
+    resume(other.job(REQUEST), REQUEST)
+    assert files(folder) == files(run.path)
+
+
 def test_of_disk_and_store_the_one_that_is_further_counts(
     worker: Worker, run: RunFolder, broker: Settings, tmp_path: Path
 ) -> None:

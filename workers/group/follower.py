@@ -142,6 +142,7 @@ class Follower:
         lent, shapes = command.adapter, self._models[command.model].linear_shapes
         weights = lent.receive(self._ranks, shapes)
         self._adapters.adopt(command.model, lent.name, weights, {"name": lent.name}, lent.version, shapes)
+        self._lanes[command.model].forget(lent.name, lent.version)
         self._pools[command.model].measure(lent.name, lent.version, weights)
 
     def _listen(self, channel: Channel, address: meeting.Address) -> None:

@@ -13,6 +13,8 @@ from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+_REPLACED = "adapter %s@%d of %s: files here were of the job %r, those of the registry are of %r; the first are in %s"
+
 
 def fetch(runtime: Runtime, model: str, name: str, version: int) -> None:
     """Let this disk have the files of a version, those that the registry means. Raises `UnknownAdapter` where no store
@@ -36,13 +38,17 @@ def make_way(runtime: Runtime, model: str, name: str, version: int, maker: str |
     """Take the number of a version from files of this disk that are not those of the job `maker`, to which the registry
     gave it: they are from another registry, as that of a worker that served by itself. Raises `OSError`."""
     store = runtime.engine.store
-    if not store.has(model, name, version) or not _is_of_another(runtime, model, name, version, maker):
-        return
-    before = store.maker(model, name, version)
-    aside = store.set_aside(model, name, version)
-    said = "adapter %s@%d of %s: files here were of the job %r, those of the registry are of %r; the first are in %s"
-    log.warning(said, name, version, model, before, maker, aside)
-    runtime.engine.forget(model, name, version)
+    with store.replacing:
+        if not store.has(model, name, version) or not _is_of_another(runtime, model, name, version, maker):
+            return
+        before = store.maker(model, name, version)
+        try:
+            aside = store.set_aside(model, name, version)
+        except FileNotFoundError:
+            # Another worker of this home was faster, and knows which folder it is.
+            aside = store.folder(model, name, version).parent
+        log.warning(_REPLACED, name, version, model, before, maker, aside)
+        runtime.engine.forget(model, name, version)
 
 
 def _is_of_another(runtime: Runtime, model: str, name: str, version: int, maker: str | None) -> bool:

@@ -32,4 +32,5 @@ redis.call('EXPIRE', job, pending_ttl)
 return {
   verdict, string.format('%.6f', now - record.submitted), began and began ~= token and '1' or '0', request or '',
   tostring(redis.call('EXISTS', mark)), client or '', attempt, trace or '', trace_state or '',
+  string.format('%.6f', record.submitted),
 }

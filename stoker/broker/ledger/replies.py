@@ -35,7 +35,8 @@ class Claim:
     """`state`: `run`, `ended`, `duplicate`, `unknown`, `spoiled` or `dead`. `age`: seconds since submission.
     `resumed`: it had an owner before. `request`: what was asked, JSON. `cancelled`: a client asked for its end
     before. `client`: the key of the client that sent it. `attempt`: how many owners it has had, this one included.
-    `traceparent`, `tracestate`: the trace that it belongs to, as its client wrote them; "" for none."""
+    `traceparent`, `tracestate`: the trace that it belongs to, as its client wrote them; "" for none. `submitted`: when
+    it was, by the broker's clock, in seconds since the epoch; None for one that does not run."""
 
     state: str
     age: float
@@ -46,6 +47,7 @@ class Claim:
     attempt: int = 1
     traceparent: str = ""
     tracestate: str = ""
+    submitted: float | None = None
 
     @classmethod
     def parse(cls, reply: list[bytes]) -> Claim:
@@ -55,8 +57,9 @@ class Claim:
         claim = (state.decode(), float(age), resumed == b"1", asked)
         if not more:
             return cls(*claim)
-        cancelled, client, attempt, traceparent, tracestate = (text.decode(errors="replace") for text in more)
-        return cls(*claim, cancelled == "1", client, int(attempt), traceparent, tracestate)
+        texts = [text.decode(errors="replace") for text in more]
+        cancelled, client, attempt, traceparent, tracestate, submitted = texts
+        return cls(*claim, cancelled == "1", client, int(attempt), traceparent, tracestate, float(submitted))
 
 
 class _Word(StrEnum):
