@@ -25,7 +25,7 @@ from stoker import Client, Job, JobStatus
 from stoker.broker import keys, ledger, policy, prefixes, registry
 from stoker.cli import app
 from stoker.cli.housekeeping import seconds
-from stoker.errors import InvalidRequest, UnknownAdapter
+from stoker.errors import InvalidRequest, JobCancelled, UnknownAdapter
 from stoker.files.durable import DRAFT, draft_folder
 from stoker.local import backup, storage
 from stoker.local.backup import KINDS
@@ -105,8 +105,31 @@ def test_purge_stops_what_waits_and_leaves_what_runs(fake: Callable[[], Client],
     with fake() as client:
         runs, waits = client.embed(["a"], model="mini"), client.embed(["b"], model="mini")
         ledger.claim(server, runs.id, keys.queue("mini", "embed"), "token", "tag", "worker-1")
-        assert "1 jobs" in invoke("jobs", "purge", "--model", "mini")
+        assert invoke("jobs", "purge", "--model", "mini") == f"{waits.id}: stopped\n1 jobs\n"
         assert (runs.status(), waits.status()) == (JobStatus.RUNNING, JobStatus.CANCELLED)
+
+
+def test_a_job_that_a_worker_takes_while_purge_looks_around_runs_on(
+    fake: Callable[[], Client], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Client.jobs
+
+    def taken_meanwhile(self: Client) -> Any:
+        found = listed(self)
+        ledger.claim(server, taken.id, keys.queue("mini", "embed"), "token", "tag", "worker-1")
+        server.set(keys.worker("worker-1"), "{}", ex=10)
+        return found
+
+    with fake() as client:
+        taken, waits = client.embed(["a"], model="mini"), client.embed(["b"], model="mini")
+        monkeypatch.setattr(Client, "jobs", taken_meanwhile)
+        said = invoke("jobs", "purge")
+        assert not server.exists(keys.cancel(taken.id)), "nobody asks it to stop"
+        assert (taken.status(), waits.status()) == (JobStatus.RUNNING, JobStatus.CANCELLED)
+        with pytest.raises(JobCancelled):
+            waits.result(5)
+    assert f"{taken.id}: left alone" in said
+    assert f"{waits.id}: stopped\n1 jobs" in said
 
 
 def test_a_run_is_found_by_its_id_the_start_of_it_or_its_adapters_name() -> None:
