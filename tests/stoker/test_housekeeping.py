@@ -325,6 +325,44 @@ def test_a_backup_brings_back_what_was_lost_and_leaves_what_is_there(server: Any
     assert "0 files of adapters and runs, 0 keys of the broker restored" in invoke("restore", str(target))
 
 
+def test_a_restore_says_which_revoked_keys_count_again_and_leaves_them_out_where_that_is_asked(
+    fake: Callable[[], Client], server: Any, tmp_path: Path
+) -> None:
+    fake()
+    for name in ("stays", "leaked"):
+        invoke("keys", "create", name)
+    ids = {entry["client"]: entry["id"] for entry in json.loads(invoke("keys", "list", "--json"))}
+    policy.decide(server, "queue_limit", 77)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    invoke("keys", "revoke", ids["leaked"])
+    server.delete(keys.POLICY)
+    assert "count again" not in invoke("restore", str(tmp_path / "b.tgz"), "--no-gateway-keys")
+    assert server.hgetall(keys.POLICY) == {b"queue_limit": b"77"}
+    assert ids["leaked"] not in invoke("keys", "list")
+    assert f"1 keys of the gateway count again: {ids['leaked']}. Revoke" in invoke("restore", str(tmp_path / "b.tgz"))
+    assert ids["leaked"] in invoke("keys", "list")
+    assert "count again" not in invoke("restore", str(tmp_path / "b.tgz"))
+
+
+@pytest.mark.parametrize("files", [5, 6])
+def test_a_backup_has_as_many_files_as_a_restore_takes_and_no_more(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    monkeypatch.setattr(backup, "MAX_FILES", 7)
+    folder = make_run("job-1")
+    for number in range(files - 2):
+        (folder / f"{number}.bin").write_bytes(b"weights")
+    target = tmp_path / "b.tgz"
+    if files == 6:
+        with pytest.raises(InvalidRequest, match=r"6 files of adapters and runs; .*`stoker clean`"):
+            invoke("backup", str(target))
+        assert not target.exists()
+        return
+    invoke("backup", str(target))
+    shutil.rmtree(folder)
+    assert "5 files" in invoke("restore", str(target))
+
+
 def remove_adapter(server: Any, *versions: int) -> None:
     registry.change(server, "smol", "deactivate", "style", None)
     for version in versions:
