@@ -150,7 +150,8 @@ class Stack:
 
     def watch(self, report: Callable[[str], None]) -> None:
         """Run until interrupted. A worker that dies is started again, also if it was not warm yet: the memory that it
-        lacks may be there later, and broker and gateway serve meanwhile. A broker that dies ends the stack."""
+        lacks may be there later, and broker and gateway serve meanwhile. A broker of this machine that dies ends the
+        stack; one elsewhere is waited for."""
         with Client(settings=self.settings) as client:
             self._watch(client, report)
 
@@ -174,15 +175,20 @@ class Stack:
                     del self._extras[name]
                     said = f"{name} ended (exit code {extra.returncode}), see {extra.log}; jobs go on without it"
                     report(said)
-            if self.worker.returncode is not None:
-                why = f"exit code {self.worker.returncode}" if warm else f"not warm yet: {_error_of(self.worker)}"
-                report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {pause:.0f} s"))
-                time.sleep(pause)
-                self.start_worker()
-                warm, pause = False, min(2 * pause, LONGEST_PAUSE)
-            elif not warm and self._warm(client) is not None:
-                warm, pause = True, RESTART_PAUSE
-                report("a worker is warm again")
+            try:
+                if self.worker.returncode is not None:
+                    why = f"exit code {self.worker.returncode}" if warm else f"not warm yet: {_error_of(self.worker)}"
+                    report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {pause:.0f} s"))
+                    time.sleep(pause)
+                    self.start_worker()
+                    warm, pause = False, min(2 * pause, LONGEST_PAUSE)
+                elif not warm and self._warm(client) is not None:
+                    warm, pause = True, RESTART_PAUSE
+                    report("a worker is warm again")
+            except BrokerUnavailable as error:
+                # One that ended, of ours or of the one that was joined, is seen above; another comes back.
+                report(f"{error} Trying again")
+                time.sleep(RESTART_PAUSE)
 
     def _first_runs(self) -> bool:
         running = self.settings.running_broker

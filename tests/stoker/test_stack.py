@@ -30,6 +30,8 @@ class World:
         self.now = 1000.0
         self.slept: list[float] = []
         self.broker: Broker | None = None
+        #: Whether a broker that runs gives no answer.
+        self.silent = False
         #: Where brokers were to listen.
         self.ports: list[int] = []
 
@@ -102,7 +104,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         def __init__(self, **_: Any) -> None: ...
 
         def __enter__(self) -> Any:
-            return SimpleNamespace(workers=lambda: made.workers)
+            return SimpleNamespace(workers=self._workers)
+
+        def _workers(self) -> list[Presence]:
+            if made.silent:
+                raise BrokerUnavailable("no answer.")
+            return made.workers
 
         def __exit__(self, *_: object) -> None: ...
 
@@ -247,6 +254,37 @@ def test_a_worker_that_dies_before_it_is_warm_again_takes_nothing_with_it(world:
     ]
     assert world.did == ["start worker"] * 3
     assert [pause for pause in world.slept if pause >= RESTART_PAUSE] == [2.0, 4.0, 2.0]
+
+
+def test_a_broker_that_is_away_as_a_worker_ends_is_waited_for(world: World, stack: Stack) -> None:
+    said: list[str] = []
+
+    def dies() -> None:
+        world.child("worker").returncode = 137
+        world.silent = True
+
+    def answers() -> None:
+        world.silent = False
+
+    def falls_silent() -> None:
+        world.silent = True
+
+    def appears() -> None:
+        world.appears("second")
+        world.silent = False
+
+    world.did.clear()
+    world.after = iter([dies, *[lambda: None] * 3, answers, falls_silent, lambda: None, appears])
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(said.append)
+    assert said == [
+        "the worker ended (exit code 137); starting another",
+        "no answer. Trying again",
+        "the worker ended (exit code 137); starting another",
+        "no answer. Trying again",
+        "a worker is warm again",
+    ]
+    assert world.did == ["start worker"]
 
 
 def test_a_worker_that_cannot_come_up_is_tried_once_a_minute(world: World, stack: Stack) -> None:
