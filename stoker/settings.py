@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import json
 import os
 import re
@@ -210,7 +211,7 @@ class Settings(BaseSettings):
     @property
     def running_broker(self) -> RunningBroker | None:
         """That of a `stoker up` that runs with this home."""
-        return _running_broker(self.home)
+        return _running_broker(self.broker_file, self.broker_lock)
 
     @property
     def metrics_address(self) -> tuple[str, int] | None:
@@ -271,6 +272,11 @@ class Settings(BaseSettings):
     def broker_file(self) -> Path:
         """Where `stoker up` writes the address of the broker that it started, for other shells to find it."""
         return self.home / "broker.json"
+
+    @property
+    def broker_lock(self) -> Path:
+        """What a `stoker up` has locked for as long as its broker runs."""
+        return self.home / "broker" / "lock"
 
 
 class Overrides(TypedDict, total=False):
@@ -383,16 +389,32 @@ class RunningBroker:
     pid: int
 
 
-def _running_broker(home: Path) -> RunningBroker | None:
+def _running_broker(file: Path, lock: Path) -> RunningBroker | None:
     """The embedded broker of a `stoker up` that still runs, else None."""
     try:
-        record = json.loads(_read_small(home / "broker.json"))
+        record = json.loads(_read_small(file))
         os.kill(record["pid"], 0)
+        # After a power cut another process may have that number.
+        if not _is_locked(lock):
+            return None
         Address.parse(record["url"])
         return RunningBroker(str(record["url"]), int(record["pid"]))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, ConfigError):
         # No file, one that no `stoker up` wrote, or a process that is gone: then nobody runs a broker here.
         return None
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process has the lock of this file. To ask is to share it for a moment, which hinders no other that
+    asks. Raises `OSError` for a file that is not there, or where the file system has no locks."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _read_small(path: Path) -> bytes:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from stoker.broker import keys, prefixes, registry
+from stoker.broker import api_keys, keys, prefixes, registry
 
 #: Of a set, a hash, or a string.
 Value: TypeAlias = list[bytes] | dict[bytes, bytes] | bytes
@@ -21,6 +21,8 @@ class Restored:
 
     def __init__(self, redis: Any) -> None:
         self._redis = redis
+        #: Ids of the gateway's keys that were put back, as `stoker keys list` shows them.
+        self.api_keys: list[str] = []
         #: Key of an adapter → what the backup knows of it.
         self._adapters: dict[str, Mapping[bytes, bytes]] = {}
 
@@ -52,11 +54,13 @@ class Restored:
             self._adapters[name] = value
             return bool(registry.restore(self._redis, name, value) > 0)
         given = [(field, content) for field, content in value.items() if field != prefixes.CHANGED.encode()]
-        added = sum(self._redis.hsetnx(name, field, content) for field, content in given)
+        added = [field for field, content in given if self._redis.hsetnx(name, field, content)]
         if added and kind == "prefixes":
             # Workers read it only when this is another.
             self._redis.hset(name, prefixes.CHANGED, uuid.uuid4().hex)
-        return bool(added > 0)
+        if kind == "api_keys":
+            self.api_keys += [field[: api_keys.ID].decode(errors="replace") for field in added]
+        return bool(added)
 
     def _held(self, name: str) -> str:
         return str(self._redis.type(name).decode())

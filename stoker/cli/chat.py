@@ -116,7 +116,10 @@ class Conversation:
         except TextTooLong:
             self._messages.pop()
             self.note("the conversation has become too long for the model: /clear forgets it")
-        except InvalidRequest as error:
+        except StokerError as error:
+            # Those who type would lose all that was said; a program learns by the exit code what went wrong.
+            if not (isinstance(error, InvalidRequest) or sys.stdin.isatty()):
+                raise
             self._messages.pop()
             self.note(str(error))
         else:
@@ -135,6 +138,10 @@ class Conversation:
             raise
         except KeyboardInterrupt:
             notes().print(" [dim](stopped)[/dim]", end="")
+        except StokerError:
+            if said:
+                print()
+            raise
         print()
         return said
 

@@ -38,8 +38,9 @@ def demo(url: Url = None) -> None:
 
 
 @contextmanager
-def demo_worker(url: str | None) -> Iterator[tuple[Client, Presence]]:
-    """A client and a worker with the demo's models: those at `url`, else of a stack of its own, with its own data."""
+def demo_worker(url: str | None, *, exact: bool = False) -> Iterator[tuple[Client, Presence]]:
+    """A client and a worker with the demo's models: those at `url`, else of a stack of its own, with its own data.
+    `exact`: with weights, keys and values as they are, also where the settings say that fewer bits are to do."""
     if url is not None:
         with Client(url) as client:
             yield client, _first_worker(client)
@@ -49,6 +50,8 @@ def demo_worker(url: str | None) -> Iterator[tuple[Client, Presence]]:
     with tempfile.TemporaryDirectory(prefix="stoker-demo-") as home:
         # Its adapter must not come into the store of a fleet, whose numbers it does not know.
         settings = load_settings(home=Path(home), models=(EMBED_MODEL, GENERATE_MODEL), grace=5.0).alone()
+        if exact:
+            settings = settings.model_copy(update={"dtype": None, "quantize": None, "kv_bits": 16})
         with Stack(settings, flower=False, own_broker=True) as stack:
             with console().status("starting a broker and a worker, loading two models"):
                 worker = stack.wait_until_warm()

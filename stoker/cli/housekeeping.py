@@ -72,13 +72,21 @@ def backup(
 
 def restore(
     source: Annotated[Path, typer.Argument(help="File of `stoker backup`.", metavar="FILE")],
+    gateway_keys: Annotated[
+        bool, typer.Option(help="Put back the gateway's keys too, also those that were revoked since.")
+    ] = True,
     url: Url = None,
 ) -> None:
     """Put back what a backup has and this machine or its broker lacks. What is there already stays."""
     settings = load_settings(url=url)
     with _broker(settings, f"{source}: the backup cannot be restored") as redis:
-        counted = archives.restore(settings, redis, source)
+        counted = archives.restore(settings, redis, source, gateway_keys=gateway_keys)
     print(f"{source}: {_described(counted)} restored; {len(counted.kept)} were there already, and stay")
+    if counted.api_keys:
+        print(
+            f"{len(counted.api_keys)} keys of the gateway count again: {', '.join(counted.api_keys)}. "
+            "Revoke those that must not: `stoker keys list`, `stoker keys revoke ID`"
+        )
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from stoker.broker import letters
+from stoker.broker import ledger, letters
+from stoker.broker.connection import translated
 from stoker.broker.ledger.listing import OpenJob
+from stoker.broker.ledger.record import summary
 from stoker.cli.options import Json, Url, connect, print_json
 from stoker.client import Client
 from stoker.contract.kinds import KINDS
@@ -88,7 +90,18 @@ def purge(
     with connect(url) as client:
         waiting = {job_id: job for job_id, job in client.jobs().items() if "worker" not in job}
         chosen = [job_id for job_id, job in waiting.items() if _is_meant(job, model, kind)]
-        _cancel_each(client, chosen)
+        with translated(client.settings):
+            stopped = [job_id for job_id in chosen if _is_stopped(client.redis, job_id)]
+    print(f"{len(stopped)} jobs")
+
+
+def _is_stopped(redis: Any, job_id: str) -> bool:
+    """Whether the job waited still. The broker decides that: workers go on taking jobs, and one that was taken since
+    the jobs were listed runs on."""
+    queue = summary(job_id).on(redis).queue
+    stopped = queue is not None and ledger.refuse(redis, job_id, queue, ledger.revoked(job_id))
+    print(f"{job_id}: stopped" if stopped else f"{job_id}: left alone; it does not wait any more")
+    return stopped
 
 
 def _is_meant(job: OpenJob, model: str | None, kind: str | None) -> bool:

@@ -36,7 +36,7 @@ def verify(
 ) -> None:
     """Check that Stoker computes the right thing on this machine, and write a report for an issue: the machine, every
     kind of job against torch's results, its speed, and the fused kernels. Starts its own broker and worker, and stops
-    them. Exit code 1 if something is wrong."""
+    them; STOKER_DTYPE, STOKER_QUANTIZE and STOKER_KV_BITS do not count here. Exit code 1 if something is wrong."""
     # A report that cannot be written is an error now, and not after minutes of work.
     report.open("a", encoding="utf-8").close()
     began = time.monotonic()
@@ -46,7 +46,7 @@ def verify(
     # Without an engine, or a broker, nothing further can be tried.
     if all(check.ok for check in checks):
         try:
-            with demo_worker(url) as (client, worker):
+            with demo_worker(url, exact=True) as (client, worker):
                 device = worker.device
                 tour = Tour(client, Golden.read())
                 checks += _shown(tour.checks())

@@ -6,14 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from stoker.contract.lines import RepeatedField, decoded, numbered, pieces, unrepeated
 from stoker.contract.requests import MAX_TEXT_CHARS
+from stoker.contract.shown import brief
 from stoker.errors import DatasetError
 from stoker.files.output import Output
 
+#: Fields of a line that an error names: a row of a table may have thousands.
+MOST_NAMES = 20
 #: A line's number in its file, from 1, and its bytes.
 Line = tuple[int, bytes]
 
@@ -63,7 +67,8 @@ class Source:
         text = row.get(self.field)
         if not isinstance(text, str):
             found = f"{self.field!r} is a {type(text).__name__}" if self.field in row else f"no field {self.field!r}"
-            raise DatasetError(f"{where}: {found}; it has {', '.join(map(repr, row)) or 'nothing'}. Name one: --field.")
+            names = [brief(name) for name in islice(row, MOST_NAMES)] + ["…"] * (len(row) > MOST_NAMES)
+            raise DatasetError(f"{where}: {found}; it has {', '.join(names) or 'nothing'}. Name one: --field.")
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -52,16 +52,26 @@ LAST_TIME = 1 << 33
 
 @dataclass(frozen=True)
 class Counted:
-    """What went into a backup or came out of it. `kept`: names that were there already, and stay as they are."""
+    """What went into a backup or came out of it. `kept`: names that were there already, and stay as they are.
+    `api_keys`: ids of the gateway's keys that count again."""
 
     files: int
     keys: int
     kept: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
 
 
 def backup(settings: Settings, redis: Any, target: Path) -> Counted:
-    """Write everything to `target`, whole or not at all. Raises `OSError`, and redis-py's errors."""
+    """Write everything to `target`, whole or not at all. Raises `InvalidRequest` for more files than a restore takes,
+    `OSError`, and redis-py's errors."""
     counted = Counted(0, 0)
+    paths = [path for name in FOLDERS for path in sorted(below(settings.home / name)) if _is_kept(path, settings.home)]
+    # With the two that the archive has of its own.
+    if len(paths) + 2 > MAX_FILES:
+        raise InvalidRequest(
+            f"{settings.home}: {len(paths):,} files of adapters and runs; a backup has fewer than {MAX_FILES:,}. "
+            "Remove what is old: `stoker clean`, `stoker runs remove`, `stoker adapters remove`."
+        )
 
     def write(draft: Path) -> None:
         nonlocal counted
@@ -69,16 +79,15 @@ def backup(settings: Settings, redis: Any, target: Path) -> Counted:
         with tarfile.open(draft, "w:gz", compresslevel=1) as archive:
             about = {"format": FORMAT, "stoker": stoker.__version__, "made": time.time()}
             _add_bytes(archive, _ABOUT, json.dumps(about).encode(), int(time.time()))
-            counted = Counted(
-                sum(_add_folder(archive, settings.home / name) for name in FOLDERS), _add_keys(archive, redis)
-            )
+            counted = Counted(sum(_add_file(archive, path, settings.home) for path in paths), _add_keys(archive, redis))
 
     write_whole(target, write, mode=0o600)
     return counted
 
 
-def restore(settings: Settings, redis: Any, source: Path) -> Counted:
+def restore(settings: Settings, redis: Any, source: Path, *, gateway_keys: bool = True) -> Counted:
     """Put back what is missing. What is there already stays: a restore never overwrites, and may be run again.
+    `gateway_keys`: those too, also the ones that were revoked since.
 
     Raises `InvalidRequest` for a file that is no backup, `ConfigError` for a home that cannot be written, `OSError`,
     and redis-py's errors.
@@ -93,7 +102,7 @@ def restore(settings: Settings, redis: Any, source: Path) -> Counted:
             # The registry first: it says which files are those of its versions.
             for member in sorted(members, key=lambda member: member.name != _KEYS):
                 if member.name == _KEYS:
-                    added, found = _restore_keys(_opened(archive, member), restored)
+                    added, found = _restore_keys(_opened(archive, member), restored, gateway_keys)
                     kept += found
                 elif not _is_of_another(member.name, restored) and _restore_file(archive, member, settings.home):
                     files += 1
@@ -103,7 +112,7 @@ def restore(settings: Settings, redis: Any, source: Path) -> Counted:
         tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, OverflowError, RecursionError
     ) as error:  # fmt: skip
         raise InvalidRequest(f"{source}: no whole backup of `stoker backup` ({error}).") from None
-    return Counted(files, added, tuple(kept))
+    return Counted(files, added, tuple(kept), tuple(restored.api_keys))
 
 
 class _Unpacked(gzip.GzipFile):
@@ -122,20 +131,20 @@ def _add_bytes(archive: tarfile.TarFile, name: str, data: bytes, changed: float)
     archive.addfile(entry, io.BytesIO(data))
 
 
-def _add_folder(archive: tarfile.TarFile, folder: Path) -> int:
-    """Regular files alone. One that goes or grows while it is read is in the archive as it was when it was opened."""
-    files = 0
-    for path in sorted(below(folder)):
-        name = path.relative_to(folder.parent).as_posix()
-        if path.is_symlink() or not path.is_file() or DRAFT in name:
-            continue
-        try:
-            data, changed = path.read_bytes(), path.stat().st_mtime
-        except FileNotFoundError:
-            continue
-        _add_bytes(archive, name, data, changed)
-        files += 1
-    return files
+def _is_kept(path: Path, home: Path) -> bool:
+    """Regular files alone, and no drafts."""
+    return not path.is_symlink() and path.is_file() and DRAFT not in path.relative_to(home).as_posix()
+
+
+def _add_file(archive: tarfile.TarFile, path: Path, home: Path) -> bool:
+    """Whether it was there still. One that goes or grows while it is read is in the archive as it was when it was
+    opened."""
+    try:
+        data, changed = path.read_bytes(), path.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    _add_bytes(archive, path.relative_to(home).as_posix(), data, changed)
+    return True
 
 
 def _add_keys(archive: tarfile.TarFile, redis: Any) -> int:
@@ -249,10 +258,12 @@ def _restore_file(archive: tarfile.TarFile, member: tarfile.TarInfo, home: Path)
     return True
 
 
-def _restore_keys(lines: IO[bytes], restored: Restored) -> tuple[int, list[str]]:
+def _restore_keys(lines: IO[bytes], restored: Restored, gateway_keys: bool) -> tuple[int, list[str]]:
     added, kept = 0, []
     for line in _lines(lines):
         key = _key(line)
+        if key.name == keys.API_KEYS and not gateway_keys:
+            continue
         if restored.put_back(key.name, key.value):
             added += 1
         else:

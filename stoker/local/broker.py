@@ -142,7 +142,7 @@ class EmbeddedBroker:
 
     def _take_lock(self) -> IO[str]:
         """Two servers on one append-only file would ruin it. The lock goes with this process, however it ends."""
-        lock = open(self._folder / "lock", "w", encoding="utf-8", opener=opener)  # noqa: SIM115  it stays open
+        lock = open(self._settings.broker_lock, "w", encoding="utf-8", opener=opener)  # noqa: SIM115  it stays open
         end = time.monotonic() + 10
         try:
             while not try_lock(lock):

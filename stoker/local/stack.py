@@ -150,8 +150,8 @@ class Stack:
 
     def watch(self, report: Callable[[str], None]) -> None:
         """Run until interrupted. A worker that dies is started again, also if it was not warm yet: the memory that it
-        lacks may be there later, and broker and gateway serve meanwhile. A broker of its own that dies ends the stack;
-        one that STOKER_URL names may be away for a while."""
+        lacks may be there later, and broker and gateway serve meanwhile. A broker of this machine that dies ends the
+        stack; one elsewhere is waited for."""
         with Client(settings=self.settings) as client:
             self._watch(client, report)
 
@@ -175,28 +175,20 @@ class Stack:
                     del self._extras[name]
                     said = f"{name} ended (exit code {extra.returncode}), see {extra.log}; jobs go on without it"
                     report(said)
-            if self.worker.returncode is not None:
-                why = f"exit code {self.worker.returncode}" if warm else f"not warm yet: {_error_of(self.worker)}"
-                report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {pause:.0f} s"))
-                time.sleep(pause)
-                self._start_again(report)
-                warm, pause = False, min(2 * pause, LONGEST_PAUSE)
-            elif not warm and self._is_warm(client):
-                warm, pause = True, RESTART_PAUSE
-                report("a worker is warm again")
-
-    def _start_again(self, report: Callable[[str], None]) -> None:
-        """Start a worker, unless the broker is away: then the next look finds none and tries again."""
-        try:
-            self.start_worker()
-        except BrokerUnavailable as error:
-            report(f"no worker is started yet: {error}")
-
-    def _is_warm(self, client: Client) -> bool:
-        try:
-            return self._warm(client) is not None
-        except BrokerUnavailable:
-            return False
+            try:
+                if self.worker.returncode is not None:
+                    why = f"exit code {self.worker.returncode}" if warm else f"not warm yet: {_error_of(self.worker)}"
+                    report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {pause:.0f} s"))
+                    time.sleep(pause)
+                    self.start_worker()
+                    warm, pause = False, min(2 * pause, LONGEST_PAUSE)
+                elif not warm and self._warm(client) is not None:
+                    warm, pause = True, RESTART_PAUSE
+                    report("a worker is warm again")
+            except BrokerUnavailable as error:
+                # One that ended, of ours or of the one that was joined, is seen above; another comes back.
+                report(f"{error} Trying again")
+                time.sleep(RESTART_PAUSE)
 
     def _first_runs(self) -> bool:
         running = self.settings.running_broker

@@ -343,6 +343,10 @@ def test_numbers_begin_where_their_type_may(rows: int, dim: int) -> None:
         (b'{"text": "a"', r"line 2: not JSON"),
         (b"[1]", "line 2: a list given"),
         (b'{"body": "a"}', r"line 2: no field 'text'; it has 'body'\. Name one: --field"),
+        (
+            json.dumps({f"column-{number}{'x' * 99}": 0 for number in range(30)}).encode(),
+            r"line 2: no field 'text'; it has 'column-0x{,60}….*'column-19x*…, …\. Name one: --field.$",
+        ),
         (b'{"text": 3}', "line 2: 'text' is a int"),
         (b'{"text": "a", "text": "b"}', "line 2: the field 'text' is there twice; name each once"),
         (b'{"text": " "}', "line 2: the text is blank"),

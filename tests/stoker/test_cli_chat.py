@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from stoker.cli import app, chat, inputs, options
 from stoker.contract import StreamToken
-from stoker.errors import InvalidRequest, TextTooLong, UnknownModel
+from stoker.errors import BrokerUnavailable, InvalidRequest, OutOfMemory, TextTooLong, UnknownModel
 from stoker.local.interrupts import AskedToEnd, end_cleanly
 from tests.stoker.test_cli import RESULT, FakeClient, FakeJob, asked, run
 
@@ -69,6 +70,40 @@ def test_a_message_that_cannot_be_answered_is_forgotten_and_the_conversation_goe
     assert said in capsys.readouterr().err.replace("\n", " ")
     talk.take("Bye")
     assert client.prompts[-1] == [("user", "Hello"), ANSWER, ("user", "Bye")]
+
+
+def _breaks(_: FakeJob) -> Iterator[StreamToken]:
+    yield StreamToken(index=0, token_id=1, text="half", logit=0, logprob=0, probability=1)
+    raise OutOfMemory("no room for the answer.")
+
+
+def test_an_answer_that_fails_takes_no_conversation_with_it_on_a_terminal(
+    client: Refusing,
+    talk: chat.Conversation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(chat, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    talk.take("Hello")
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeJob, "stream", _breaks)
+        talk.take("what breaks off")
+    client.refuses = BrokerUnavailable("no broker answers.")
+    talk.take("what is not sent")
+    out, err = capsys.readouterr()
+    assert out == "one two\nhalf\n"
+    assert err.replace("\n", " ") == "no room for the answer. no broker answers. "
+    talk.take("Bye")
+    assert client.prompts[-1] == [("user", "Hello"), ANSWER, ("user", "Bye")]
+
+
+def test_an_answer_that_fails_ends_what_a_program_has_written(
+    talk: chat.Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: False)))
+    monkeypatch.setattr(FakeJob, "stream", _breaks)
+    with pytest.raises(OutOfMemory):
+        talk.take("Hello")
 
 
 def test_what_was_said_until_ctrl_c_is_part_of_the_conversation(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from stoker.cli import app, demo
+from stoker.cli import app, demo, verify
 from stoker.contract import ModelCard, Presence
 from stoker.errors import UnknownModel
 from stoker.local import stack as stacks
@@ -66,19 +67,37 @@ def test_the_demo_at_a_broker_without_a_worker_says_how_to_start_one(client: Wat
     assert client.sent.jobs == []
 
 
-def test_the_demo_shares_nothing_with_a_fleet_that_the_shell_names(
-    client: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Settings] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """What stacks were to be made of; none is."""
+    found: list[Settings] = []
 
     class Stack:
         def __init__(self, settings: Settings, **_: object) -> None:
-            asked.append(settings)
+            found.append(settings)
             raise UnknownModel("enough")
 
     monkeypatch.setattr(stacks, "Stack", Stack)
+    return found
+
+
+def test_the_demo_shares_nothing_with_a_fleet_that_the_shell_names(
+    asked: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STOKER_ARTIFACTS", "s3://fleet/stoker")
     monkeypatch.setenv("STOKER_METRICS", "9464")
     done = CliRunner().invoke(app, ["demo"])
     assert isinstance(done.exception, UnknownModel)
     assert [(settings.artifacts, settings.metrics) for settings in asked] == [(None, None)]
+
+
+def test_what_is_compared_with_torch_has_all_its_bits_and_the_demo_as_many_as_the_shell_says(
+    asked: list[Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in (("DTYPE", "float16"), ("QUANTIZE", "4bit"), ("KV_BITS", "4")):
+        monkeypatch.setenv(f"STOKER_{name}", value)
+    CliRunner().invoke(app, ["demo"])
+    monkeypatch.setattr(verify, "machine_checks", lambda url: [])
+    CliRunner().invoke(app, ["verify", "--report", str(tmp_path / "report.json")])
+    found = [(settings.dtype, settings.quantize, settings.kv_bits) for settings in asked]
+    assert found == [("float16", "4bit", 4), (None, None, 16)]

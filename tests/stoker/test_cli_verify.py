@@ -167,7 +167,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, device: str) -> list[Check]:
     checks = [Check("python", True, "3.11")]
 
     @contextmanager
-    def worker(url: str | None) -> Iterator[tuple[FakeClient, Any]]:
+    def worker(url: str | None, *, exact: bool) -> Iterator[tuple[FakeClient, Any]]:
         with closing(FakeClient()) as client:
             Answers().script(client)
             yield client, WORKER.model_copy(update={"device": device})
@@ -197,7 +197,7 @@ def test_the_report_says_what_the_terminal_does_and_which_versions_ran(tmp_path:
 
 @pytest.mark.usefixtures("machine")
 def test_a_worker_that_does_not_come_up_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(url: str | None) -> Any:
+    def none(url: str | None, *, exact: bool) -> Any:
         raise ModelError("no kernel for this device")
 
     monkeypatch.setattr(verify, "demo_worker", none)

@@ -16,6 +16,7 @@ from stoker.contract.vectors import Int8Vectors
 from stoker.files import output as output_module
 from stoker.files import vector_output
 from stoker.files.line_output import LineOutput
+from stoker.files.locks import try_lock
 from stoker.files.output import partial_path
 from stoker.files.vector_output import opened
 from stoker.local.broker import EmbeddedBroker
@@ -202,7 +203,7 @@ def test_the_brokers_address_is_the_old_or_the_new_at_every_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
-    home.mkdir()
+    (home / "broker").mkdir(parents=True)
     settings = Settings(home=home)
     broker, record = EmbeddedBroker(settings), dict[str, str]()
     broker.url = "redis://127.0.0.1:1000/0"
@@ -213,6 +214,8 @@ def test_the_brokers_address_is_the_old_or_the_new_at_every_cut(
     for cut in disk.cuts():
         with cut.restored(tmp_path / "after") as after:
             record = json.loads((after / "broker.json").read_text())
-            found = load_settings(home=after).chosen_url
+            with (after / "broker" / "lock").open("w") as lock:
+                assert try_lock(lock)
+                found = load_settings(home=after).chosen_url
             assert found == record["url"], cut
             assert found in ({broker.url} if cut.finished else {broker.url, "redis://127.0.0.1:1000/0"}), cut

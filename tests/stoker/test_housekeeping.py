@@ -25,7 +25,7 @@ from stoker import Client, Job, JobStatus
 from stoker.broker import keys, ledger, policy, prefixes, registry
 from stoker.cli import app
 from stoker.cli.housekeeping import seconds
-from stoker.errors import InvalidRequest, UnknownAdapter
+from stoker.errors import InvalidRequest, JobCancelled, UnknownAdapter
 from stoker.files.durable import DRAFT, draft_folder
 from stoker.local import backup, storage
 from stoker.local.backup import KINDS
@@ -105,8 +105,31 @@ def test_purge_stops_what_waits_and_leaves_what_runs(fake: Callable[[], Client],
     with fake() as client:
         runs, waits = client.embed(["a"], model="mini"), client.embed(["b"], model="mini")
         ledger.claim(server, runs.id, keys.queue("mini", "embed"), "token", "tag", "worker-1")
-        assert "1 jobs" in invoke("jobs", "purge", "--model", "mini")
+        assert invoke("jobs", "purge", "--model", "mini") == f"{waits.id}: stopped\n1 jobs\n"
         assert (runs.status(), waits.status()) == (JobStatus.RUNNING, JobStatus.CANCELLED)
+
+
+def test_a_job_that_a_worker_takes_while_purge_looks_around_runs_on(
+    fake: Callable[[], Client], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Client.jobs
+
+    def taken_meanwhile(self: Client) -> Any:
+        found = listed(self)
+        ledger.claim(server, taken.id, keys.queue("mini", "embed"), "token", "tag", "worker-1")
+        server.set(keys.worker("worker-1"), "{}", ex=10)
+        return found
+
+    with fake() as client:
+        taken, waits = client.embed(["a"], model="mini"), client.embed(["b"], model="mini")
+        monkeypatch.setattr(Client, "jobs", taken_meanwhile)
+        said = invoke("jobs", "purge")
+        assert not server.exists(keys.cancel(taken.id)), "nobody asks it to stop"
+        assert (taken.status(), waits.status()) == (JobStatus.RUNNING, JobStatus.CANCELLED)
+        with pytest.raises(JobCancelled):
+            waits.result(5)
+    assert f"{taken.id}: left alone" in said
+    assert f"{waits.id}: stopped\n1 jobs" in said
 
 
 def test_a_run_is_found_by_its_id_the_start_of_it_or_its_adapters_name() -> None:
@@ -300,6 +323,44 @@ def test_a_backup_brings_back_what_was_lost_and_leaves_what_is_there(server: Any
     assert server.hgetall(keys.POLICY) == {b"queue_limit": b"77"}
     assert registry.parse("smol", "style", server.hgetall(keys.adapter("smol", "style"))).serving == 1
     assert "0 files of adapters and runs, 0 keys of the broker restored" in invoke("restore", str(target))
+
+
+def test_a_restore_says_which_revoked_keys_count_again_and_leaves_them_out_where_that_is_asked(
+    fake: Callable[[], Client], server: Any, tmp_path: Path
+) -> None:
+    fake()
+    for name in ("stays", "leaked"):
+        invoke("keys", "create", name)
+    ids = {entry["client"]: entry["id"] for entry in json.loads(invoke("keys", "list", "--json"))}
+    policy.decide(server, "queue_limit", 77)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    invoke("keys", "revoke", ids["leaked"])
+    server.delete(keys.POLICY)
+    assert "count again" not in invoke("restore", str(tmp_path / "b.tgz"), "--no-gateway-keys")
+    assert server.hgetall(keys.POLICY) == {b"queue_limit": b"77"}
+    assert ids["leaked"] not in invoke("keys", "list")
+    assert f"1 keys of the gateway count again: {ids['leaked']}. Revoke" in invoke("restore", str(tmp_path / "b.tgz"))
+    assert ids["leaked"] in invoke("keys", "list")
+    assert "count again" not in invoke("restore", str(tmp_path / "b.tgz"))
+
+
+@pytest.mark.parametrize("files", [5, 6])
+def test_a_backup_has_as_many_files_as_a_restore_takes_and_no_more(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    monkeypatch.setattr(backup, "MAX_FILES", 7)
+    folder = make_run("job-1")
+    for number in range(files - 2):
+        (folder / f"{number}.bin").write_bytes(b"weights")
+    target = tmp_path / "b.tgz"
+    if files == 6:
+        with pytest.raises(InvalidRequest, match=r"6 files of adapters and runs; .*`stoker clean`"):
+            invoke("backup", str(target))
+        assert not target.exists()
+        return
+    invoke("backup", str(target))
+    shutil.rmtree(folder)
+    assert "5 files" in invoke("restore", str(target))
 
 
 def remove_adapter(server: Any, *versions: int) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
@@ -14,6 +15,7 @@ import pytest
 
 from stoker.address import DEFAULT_URL
 from stoker.errors import BrokerUnavailable, ConfigError
+from stoker.files.locks import try_lock
 from stoker.settings import Overrides, Settings, load_settings
 
 
@@ -87,13 +89,36 @@ def assert_none(settings: Settings) -> None:
     assert str(settings.home) in settings.shown_address
 
 
+@contextmanager
+def running(settings: Settings) -> Iterator[None]:
+    """As if a `stoker up` ran with this home, except for its record."""
+    settings.broker_lock.parent.mkdir(exist_ok=True)
+    with settings.broker_lock.open("w") as lock:
+        assert try_lock(lock)
+        yield
+
+
 def test_without_a_url_the_running_broker_of_this_machine_is_used(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     assert_none(settings)
     record = {"url": "redis://127.0.0.1:7001/0", "pid": os.getpid()}
     settings.broker_file.write_text(json.dumps(record))
-    assert settings.address.redis == "redis://127.0.0.1:7001/0"
-    assert Settings(home=tmp_path, url="redis://other/0").address.shown == "redis://other:6379/0"
+    with running(settings):
+        for _ in range(2):
+            assert settings.address.redis == "redis://127.0.0.1:7001/0"
+        assert Settings(home=tmp_path, url="redis://other/0").address.shown == "redis://other:6379/0"
+
+
+@pytest.mark.parametrize("locked_before", [True, False])
+def test_the_record_of_a_broker_that_a_power_cut_ended_is_ignored_though_its_number_is_another_processs(
+    tmp_path: Path, locked_before: bool
+) -> None:
+    settings = Settings(home=tmp_path)
+    settings.broker_file.write_text(json.dumps({"url": "redis://127.0.0.1:7001/0", "pid": os.getpid()}))
+    if locked_before:
+        with running(settings):
+            assert settings.chosen_url is not None
+    assert_none(settings)
 
 
 def test_the_record_of_a_broker_that_has_ended_is_ignored(tmp_path: Path) -> None:
@@ -101,7 +126,8 @@ def test_the_record_of_a_broker_that_has_ended_is_ignored(tmp_path: Path) -> Non
     ended.wait()
     settings = Settings(home=tmp_path)
     settings.broker_file.write_text(json.dumps({"url": "redis://127.0.0.1:7001/0", "pid": ended.pid}))
-    assert_none(settings)
+    with running(settings):
+        assert_none(settings)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +143,16 @@ def test_a_damaged_record_of_a_broker_is_ignored(tmp_path: Path, text: str) -> N
     settings = Settings(home=tmp_path)
     written = text.replace("OURS", str(os.getpid()))
     settings.broker_file.write_bytes(written.encode("utf-8", "surrogateescape"))
-    assert_none(settings)
+    with running(settings):
+        assert_none(settings)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
 def test_a_record_that_is_no_file_is_ignored_and_never_waited_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
     settings = Settings(home=tmp_path)
     make(settings.broker_file)
-    assert_none(settings)
+    with running(settings):
+        assert_none(settings)
 
 
 def test_without_a_home_folder_the_error_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:

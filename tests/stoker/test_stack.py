@@ -30,10 +30,10 @@ class World:
         self.now = 1000.0
         self.slept: list[float] = []
         self.broker: Broker | None = None
+        #: Whether a broker that runs gives no answer.
+        self.silent = False
         #: Where brokers were to listen.
         self.ports: list[int] = []
-        #: Whether the broker answers.
-        self.answers = True
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -43,11 +43,6 @@ class World:
     def child(self, name: str) -> Child:
         """The one of this name that was started last."""
         return [child for child in self.children if child.name == name][-1]
-
-    def alive(self) -> list[Presence]:
-        if not self.answers:
-            raise BrokerUnavailable("no answer from the broker.")
-        return self.workers
 
     def appears(self, process: str) -> None:
         """The worker that was started last is warm, as this process of its node."""
@@ -109,7 +104,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         def __init__(self, **_: Any) -> None: ...
 
         def __enter__(self) -> Any:
-            return SimpleNamespace(workers=made.alive)
+            return SimpleNamespace(workers=self._workers)
+
+        def _workers(self) -> list[Presence]:
+            if made.silent:
+                raise BrokerUnavailable("no answer.")
+            return made.workers
 
         def __exit__(self, *_: object) -> None: ...
 
@@ -256,29 +256,34 @@ def test_a_worker_that_dies_before_it_is_warm_again_takes_nothing_with_it(world:
     assert [pause for pause in world.slept if pause >= RESTART_PAUSE] == [2.0, 4.0, 2.0]
 
 
-def test_a_broker_that_is_away_as_a_worker_is_started_again_takes_nothing_with_it(world: World, stack: Stack) -> None:
-    """As one that STOKER_URL names, which restarts: gateway and monitor would have ended with the worker."""
+def test_a_broker_that_is_away_as_a_worker_ends_is_waited_for(world: World, stack: Stack) -> None:
     said: list[str] = []
 
     def dies() -> None:
-        world.child("worker").returncode, world.answers = 70, False
+        world.child("worker").returncode = 137
+        world.silent = True
 
-    def comes_back() -> None:
-        world.answers = True
+    def answers() -> None:
+        world.silent = False
 
-    def goes() -> None:
-        world.answers = False
+    def falls_silent() -> None:
+        world.silent = True
 
     def appears() -> None:
         world.appears("second")
-        comes_back()
+        world.silent = False
 
     world.did.clear()
-    world.after = iter([dies, lambda: None, comes_back, lambda: None, goes, lambda: None, appears])
+    world.after = iter([dies, *[lambda: None] * 3, answers, falls_silent, lambda: None, appears])
     with pytest.raises(KeyboardInterrupt):
         stack.watch(said.append)
-    assert said[1] == "no worker is started yet: no answer from the broker."
-    assert said[-1] == "a worker is warm again"
+    assert said == [
+        "the worker ended (exit code 137); starting another",
+        "no answer. Trying again",
+        "the worker ended (exit code 137); starting another",
+        "no answer. Trying again",
+        "a worker is warm again",
+    ]
     assert world.did == ["start worker"]
 
 
