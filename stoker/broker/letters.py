@@ -47,10 +47,11 @@ class Letter(TypedDict):
 
 def parse(raw: Mapping[bytes, bytes]) -> dict[str, Letter]:
     """From the hash: id → letter."""
-    return {name.decode(errors="backslashreplace"): _letter(value) for name, value in raw.items()}
+    return {name.decode(errors="backslashreplace"): read(value) for name, value in raw.items()}
 
 
-def _letter(value: bytes) -> Letter:
+def read(value: bytes) -> Letter:
+    """Of one job's letter. One that cannot be read is `spoiled`."""
     try:
         letter: Letter = json.loads(value)
         texts = [letter["kind"], letter["model"], *(crash["worker"] for crash in letter["history"])]
@@ -71,6 +72,13 @@ def spoiled(value: bytes) -> Letter:
 def request(letter: Letter) -> str:
     """What was asked, as JSON; for `codec.read`, which says what is wrong with it."""
     return str(letter.get("request", ""))
+
+
+def died(letter: Letter) -> float | None:
+    """When its last owner went silent, or gave the job up: seconds since the epoch, by the broker's clock. None for a
+    letter that does not say so."""
+    time = letter["history"][-1].get("time") if letter["history"] else None
+    return float(time) if isinstance(time, int | float) and 0 < time < 2**53 else None
 
 
 def sender(letter: Letter) -> str | None:

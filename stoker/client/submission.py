@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from stoker.broker import keys, ledger
 from stoker.broker.envelope import envelope
 from stoker.broker.ledger.call import Call
-from stoker.broker.ledger.record import NewJob
+from stoker.broker.ledger.record import NewJob, Summary
 from stoker.broker.ledger.replies import Submitted
 from stoker.broker.pipeline import Pipeline, Pipelines
 from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, Request, TrainRequest, encode
@@ -37,13 +37,14 @@ class Submission:
         data: bytes = b"",
         client: str | None = None,
         trace: Trace = NONE,
+        asked: str = "",
     ) -> None:
         """`client`: the key of the client that the job belongs to, if it is not the one of `settings`. `trace`: the
-        one that it belongs to."""
+        one that it belongs to. `asked`: a digest of what it was asked for, which a job of its id has to have too."""
         self.job_id, self._data = job_id, data
         #: The request as it is sent: with the name of its input.
         self.request = _naming(request, job_id, data)
-        self._record = job_record(self.request, job_id, client or settings.client_key, trace)
+        self._record = job_record(self.request, job_id, client or settings.client_key, trace, asked)
         self._uploaded = False
         self._until = time.monotonic() + settings.queue_wait
 
@@ -62,13 +63,19 @@ class Submission:
             pipeline.expire(blob, keys.UPLOAD_TTL)
             yield pipeline
 
-    def check_known(self, ability: str | None) -> None:
-        """There was a job of this id before, which asked for this `ability`. Raises `InvalidRequest` if it cannot be
-        the one meant."""
-        if ability not in (None, self.request.ability):
+    def check_known(self, known: Summary) -> None:
+        """There was a job of this id before. Raises `InvalidRequest` if it cannot be the one meant."""
+        if known.ability not in (None, self.request.ability):
             raise InvalidRequest(
                 f"job_id: {self.job_id!r} given for a job of kind {self.request.ability}; it is that of a job of kind "
-                f"{ability}. Take another id."
+                f"{known.ability}. Take another id."
+            )
+        # What another client has asked for is not compared: it would say something of it.
+        asked = self._record.asked if known.client == self._record.client else ""
+        if asked and known.asked and asked != known.asked:
+            raise InvalidRequest(
+                f"job_id: {self.job_id!r} given for another request than it was given for before. Take another id, or "
+                "send that request again as it was."
             )
 
     def tidy(self, pipeline: P, reply: Submitted) -> P:
@@ -128,7 +135,7 @@ def _naming(request: Request, job_id: str, data: bytes) -> Request:
     return request
 
 
-def job_record(request: Request, job_id: str, client: str = "default", trace: Trace = NONE) -> NewJob:
+def job_record(request: Request, job_id: str, client: str = "default", trace: Trace = NONE, asked: str = "") -> NewJob:
     """What `ledger.submit` writes: all that is known of the job, with the message that brings it to a worker."""
     queue = keys.queue(request.model, request.kind)
     return NewJob(
@@ -143,6 +150,7 @@ def job_record(request: Request, job_id: str, client: str = "default", trace: Tr
         adapter=_adapter(request),
         size=_size(request),
         ability="" if request.ability == request.kind else request.ability,
+        asked=asked,
         traceparent=trace.traceparent,
         tracestate=trace.tracestate,
     )

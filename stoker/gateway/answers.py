@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stoker.client._async.client import AsyncClient
@@ -23,6 +23,7 @@ from stoker.gateway.calls import Call, NamedJob, check_owner
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event, EventResponse
 from stoker.gateway.waiting import Waiter
+from stoker.gateway.writing import written
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -69,14 +70,14 @@ class Generation:
             self.options["adapter"] = self.adapter
         return await self.client.generate(self.prompt, model=self.model, seed=self.seed, job_id=job_id, **self.options)
 
-    async def made(self, job: AsyncGenerateJob, patience: float | None) -> tuple[dict[str, object], int]:
-        """The whole answer, and the tokens that it took."""
+    async def made(self, job: AsyncGenerateJob, patience: float | None) -> tuple[bytes, int]:
+        """The whole answer as JSON, and the tokens that it took."""
         tokens = []
         if self.form.wants_tokens:
             async with aclosing(job.stream(timeout=patience, cancel_on_close=False)) as stream:
                 tokens = [token async for token in stream]
         result = await job.result(patience)
-        return self.form.whole(result, tokens), _all(result.usage)
+        return await written(self.form.whole(result, tokens)), _all(result.usage)
 
 
 async def answered(call: Call, asked: Generation) -> ASGIApp:
@@ -89,7 +90,8 @@ async def answered(call: Call, asked: Generation) -> ASGIApp:
             raise asked.names.refusal(error) from None
         left = partial(waiter.left, job.cancel, partial(_taken, job))
         if not asked.stream:
-            return JSONResponse(await whole(call, _whole(asked, job, waiter), left, asked.names))
+            answer = await whole(call, _whole(asked, job, waiter), left, asked.names)
+            return Response(answer, media_type="application/json")
         response = EventResponse(_events(call, asked, job, waiter), asked.form.failed, call.gone, left)
         return _until_the_end(held.pop_all(), response)
 
@@ -137,7 +139,7 @@ async def whole(call: Call, made: Awaitable[R], left: Callable[[], Awaitable[Non
         await asyncio.wait({answer, gone})
 
 
-async def _whole(asked: Generation, job: AsyncGenerateJob, waiter: Waiter) -> dict[str, object]:
+async def _whole(asked: Generation, job: AsyncGenerateJob, waiter: Waiter) -> bytes:
     answer, tokens = await asked.made(job, PATIENCE)
     await waiter.took(tokens)
     return answer

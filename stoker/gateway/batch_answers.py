@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ async def _made(asked: Generation | Embedding, job: AsyncEmbedJob | AsyncGenerat
         assert isinstance(job, AsyncEmbedJob)
         return (await asked.made(job, None))[0]
     assert isinstance(job, AsyncGenerateJob)
-    return json.dumps((await asked.made(job, None))[0], ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return (await asked.made(job, None))[0]
 
 
 async def _sent(asked: Generation | Embedding, name: str) -> AsyncEmbedJob | AsyncGenerateJob:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 
 from stoker.broker.batches import Batch, Batches, BatchRecord, Lease
@@ -68,6 +68,8 @@ class Runner:
         if not await self._store.is_used():
             return
         place = (await self._store.contents()).place
+        # One that ends from here on is seen as it was before its end, and must not be run from there.
+        running = set(self._runs)
         with translated(self._broker.settings):
             batches = await Batches(self._broker.redis).open(place)
             held = bool(batches or self._runs) and await self._held(place)
@@ -77,20 +79,20 @@ class Runner:
         for batch in batches:
             if batch.cancelled and batch.record.id in self._runs:
                 self._runs[batch.record.id][0].cancelled.set()
-        for batch in self._chosen(batches):
+        for batch in self._chosen(batches, running):
             self._begin(batch)
 
     async def _held(self, place: str) -> bool:
         self._lease = self._lease or Lease(self._broker.redis, place)
         return await (self._lease.renew() if self._runs else self._lease.take())
 
-    def _chosen(self, batches: Iterable[Batch]) -> list[Batch]:
-        """The oldest of each client first."""
+    def _chosen(self, batches: Iterable[Batch], running: Container[str]) -> list[Batch]:
+        """The oldest of each client first, of those that are not `running`."""
         now, turns = asyncio.get_running_loop().time(), dict[str, int]()
         waiting = list[tuple[int, Batch]]()
         for batch in batches:
             turn = turns[batch.record.owner] = turns.get(batch.record.owner, 0) + 1
-            if batch.record.id not in self._runs and self._not_before.get(batch.record.id, now) <= now:
+            if batch.record.id not in running and self._not_before.get(batch.record.id, now) <= now:
                 waiting.append((turn, batch))
         waiting.sort(key=lambda found: found[0])
         return [batch for _, batch in waiting[: max(0, AT_ONCE - len(self._runs))]]

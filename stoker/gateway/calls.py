@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.types import Receive
 
@@ -19,6 +21,8 @@ from stoker.gateway.waiting import Waiter, Waiting
 
 #: Says what becomes of a job whose client goes away.
 LEAVING = "x-stoker-on-disconnect"
+#: Fields that say how a job is answered, and not what it does. `user` and `metadata`: whose it is.
+_OF_THE_ANSWER = {"stream", "stream_options", "encoding_format", "top_n", "return_documents", "user", "metadata"}
 #: Most tokens of an answer that names no limit and whose model nobody serves just now.
 MOST_TOKENS = 32_768
 
@@ -146,6 +150,27 @@ def job_of(headers: Mapping[str, str], new: str) -> NamedJob:
     if point:
         return NamedJob(job_id, True, int(index) - 1, int(part) + 1)
     return NamedJob(job_id, True, int(index))
+
+
+def compared(call: Call, path: str) -> Call:
+    """`call` with a client whose jobs know what they were asked for, where the request has an `Idempotency-Key`: given
+    with another request, it would find the answer of the first."""
+    if not call.named.given or call.named.resumed:
+        return call
+    asked = _digest(path, call.body)
+    return replace(call, client=call.client.with_key(call.client.settings.client_key, asked=asked))
+
+
+def _digest(path: str, body: bytes) -> str:
+    """Of what the job does: in any order, with nulls or without them, and however it is answered."""
+    try:
+        given = json.loads(body)
+        fields = {name: value for name, value in given.items() if value is not None and name not in _OF_THE_ANSWER}
+        body = json.dumps(fields, sort_keys=True).encode()
+    except (ValueError, RecursionError, AttributeError):
+        # What is no JSON object sends no job.
+        pass
+    return hashlib.blake2b(f"{path} ".encode() + body, digest_size=16).hexdigest()
 
 
 def _is_number(text: str) -> bool:

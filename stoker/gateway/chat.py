@@ -20,7 +20,7 @@ from stoker.gateway.calls import Call
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
 from stoker.gateway.fields import Body, Items, parse
-from stoker.gateway.logprobs import logprobs_of
+from stoker.gateway.logprobs import all_logprobs, logprobs_of
 from stoker.gateway.messages import ChatMessageBody
 from stoker.gateway.sampling import OpenAIBody
 from stoker.gateway.tools import Choice, Tool, call_id, chosen
@@ -150,7 +150,8 @@ class ChatForm:
     def whole(self, result: GenerateResult, tokens: Sequence[StreamToken]) -> dict[str, object]:
         choices = []
         for index, completion in enumerate(result.completions):
-            said = logprobs_of(token for token in tokens if token.completion == index) if self.wants_tokens else None
+            own = [token for token in tokens if token.completion == index]
+            said = all_logprobs(own) if self.wants_tokens else None
             choices.append(self._choice(index, completion, said))
         return self._object("chat.completion", choices) | {"usage": usage_of(result)}
 

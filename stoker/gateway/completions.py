@@ -17,7 +17,7 @@ from stoker.gateway.calls import Call
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
 from stoker.gateway.fields import parse
-from stoker.gateway.logprobs import legacy_logprobs
+from stoker.gateway.logprobs import all_legacy_logprobs, legacy_logprobs
 from stoker.gateway.sampling import OpenAIBody
 from stoker.gateway.usage import finish_reason, usage_of
 
@@ -84,7 +84,7 @@ class CompletionForm:
         choices = []
         for index, completion in enumerate(result.completions):
             own = [token for token in tokens if token.completion == index]
-            said = legacy_logprobs(own) if self.wants_tokens else None
+            said = all_legacy_logprobs(own) if self.wants_tokens else None
             reason = finish_reason(completion.finish_reason)
             choices.append({"index": index, "text": completion.text, "logprobs": said, "finish_reason": reason})
         return self._object(choices) | {"usage": usage_of(result)}

@@ -106,6 +106,10 @@ def row_of(error: StokerError) -> Row:
     return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
 
 
+#: The same of every endpoint.
+_EVERYWHERE = {"job_id": "Idempotency-Key"}
+
+
 @dataclass(frozen=True)
 class Names:
     """What fields of Stoker's requests are called in those of an endpoint."""
@@ -130,5 +134,5 @@ class Names:
         found = re.match(r"([a-z_]+)((?:\.[A-Za-z0-9_]+)*): ", message)
         if found is None:
             return None, message
-        param = self.by_field.get(found[1], found[1]) + found[2]
+        param = self.by_field.get(found[1], _EVERYWHERE.get(found[1], found[1])) + found[2]
         return param, f"{param}: {message[found.end() :]}"

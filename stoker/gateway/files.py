@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import ClassVar, Literal
 from urllib.parse import quote
 
@@ -67,6 +67,8 @@ class Files:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        #: Bytes of each file that is being stored, by its owner and id.
+        self._coming: dict[str, dict[str, int]] = {}
 
     async def upload(self, request: Request, owner: str) -> Response:
         refuse_idempotency(request.headers)
@@ -75,9 +77,10 @@ class Files:
             lifetime, name = body.lifetime(), (file.filename or "file")[:LONGEST_NAME]
             if not file.size:
                 raise Refused(400, "file: empty; expected lines of JSON.", param="file", code="invalid_value")
-            await self._check_room(owner, file.size)
             record = await self._store.new(owner, name, body.purpose, lifetime)
-            record = await self._stored(record, file)
+            with self._takes(record, file.size):
+                await self._check_room(owner)
+                record = await self._stored(record, file)
         return JSONResponse(shown(record))
 
     async def _stored(self, record: FileRecord, file: UploadFile) -> FileRecord:
@@ -92,10 +95,24 @@ class Files:
             raise
         return record
 
-    async def _check_room(self, owner: str, size: int) -> None:
-        files, stored = 0, size
+    @contextmanager
+    def _takes(self, record: FileRecord, size: int) -> Iterator[None]:
+        """A file that is being stored takes room from now on: others that come meanwhile may not have it."""
+        own = self._coming.setdefault(record.owner, {})
+        own[record.id] = size
+        try:
+            yield
+        finally:
+            del own[record.id]
+            if not own:
+                self._coming.pop(record.owner, None)
+
+    async def _check_room(self, owner: str) -> None:
+        """Whether there is room for all that come. Each knows of those before it."""
+        sizes = dict(self._coming[owner])
         async for record in self._store.listed(owner):
-            files, stored = files + 1, stored + record.bytes
+            sizes.setdefault(record.id, record.bytes)
+        files, stored = len(sizes) - 1, sum(sizes.values())
         if files >= MOST_FILES or stored > MOST_STORED:
             raise Refused(
                 400, f"file: you have {files} files and would have {stored} bytes; allowed: {MOST_FILES} files and "

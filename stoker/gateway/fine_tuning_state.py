@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from stoker.broker import keys, letters
 from stoker.broker.connection import translated
 from stoker.broker.fine_tunes import Ending, FineTune, FineTunes
 from stoker.broker.outcome import JobStatus, lost
@@ -61,8 +63,8 @@ class Standings:
         except JobCancelled:
             ending = await self._failed(record, "cancelled")
         except JobDead as error:
-            # A dead letter may be sent again.
-            return await self._failed(record, "failed", error)
+            # A dead letter may be sent again: its end is not kept. When it died the letter says.
+            return await self._failed(record, "failed", error, await self._died(record))
         except StokerError as error:
             ending = await self._failed(record, "failed", error)
         return await self._kept(record, ending)
@@ -75,10 +77,20 @@ class Standings:
             held_out_loss=result.held_out_loss, tokens=result.tokens,
         )  # fmt: skip
 
-    async def _failed(self, record: FineTune, status: str, error: StokerError | None = None) -> Ending:
-        """Nobody notes when a job ends that makes nothing: the first to ask does, once."""
-        before = record.ending
-        finished = before.finished if before is not None else await FineTunes(self._client.redis).now()
+    async def _died(self, record: FineTune) -> int | None:
+        redis: Any = self._client.redis
+        letter = await redis.hget(keys.DEAD, record.id)
+        time = None if letter is None else letters.died(letters.read(letter))
+        return None if time is None else int(time)
+
+    async def _failed(
+        self, record: FineTune, status: str, error: StokerError | None = None, finished: int | None = None
+    ) -> Ending:
+        """Nobody notes when a job ends that makes nothing, except where `finished` is known: the first to ask does,
+        once."""
+        if finished is None:
+            before = record.ending
+            finished = before.finished if before is not None else await FineTunes(self._client.redis).now()
         code, message = ("", "") if error is None else (row_of(error).code, str(error))
         return Ending.model_validate({"status": status, "finished": finished, "code": code, "message": message})
 
@@ -96,9 +108,10 @@ class Standings:
                 further = {"held_out_loss": known.get("held_out_loss"), "finished": await self._time(known)}
                 ending = Ending.model_validate({"status": "succeeded", **made, **further})
                 return Standing("succeeded", await self._kept(record, ending))
-        if await FineTunes(self._client.redis).now() < record.created + SENT_WITHIN:
+        since = record.created + SENT_WITHIN
+        if await FineTunes(self._client.redis).now() < since:
             return Standing("validating_files")
-        return Standing("failed", await self._failed(record, "failed", error))
+        return Standing("failed", await self._failed(record, "failed", error, since))
 
     async def _time(self, known: Mapping[str, object]) -> int:
         """When a version was registered."""

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stoker.client._async.client import AsyncClient
+from stoker.client.asynchronously import Joint
 from stoker.contract.codec import CONTRACT
 from stoker.errors import StokerError
 from stoker.monitor import exposition
@@ -26,6 +27,7 @@ class Health:
     def __init__(self, client: AsyncClient, numbers: Numbers) -> None:
         self._client, self._numbers = client, numbers
         self._ready, self._until = Response(status_code=503), 0.0
+        self._asking: Joint[Response] = Joint()
 
     async def alive(self, request: Request) -> Response:
         """The process answers."""
@@ -34,7 +36,7 @@ class Health:
     async def ready(self, request: Request) -> Response:
         """The broker answers, and some model is warm."""
         if time.monotonic() >= self._until:
-            self._ready = await self._asked()
+            self._ready = await self._asking.ask("ready", self._asked)
             self._until = time.monotonic() + HOLDS
         return self._ready
 

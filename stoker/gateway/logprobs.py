@@ -12,6 +12,11 @@ def logprobs_of(tokens: Iterable[StreamToken]) -> dict[str, object]:
     return {"content": [_said(token) for token in tokens], "refusal": None}
 
 
+def all_logprobs(tokens: Iterable[StreamToken]) -> dict[str, object]:
+    """Of a chat's answer that is sent as a whole: each token is said as it is written."""
+    return {"content": map(_said, tokens), "refusal": None}
+
+
 def _said(token: StreamToken) -> dict[str, object]:
     likeliest = [_one(other.text, other.logprob) for other in token.alternatives]
     return {**_one(token.text, token.logprob), "top_logprobs": likeliest}
@@ -23,6 +28,10 @@ def _one(text: str, logprob: float) -> dict[str, object]:
 
 def legacy_logprobs(tokens: Sequence[StreamToken], offset: int = 0) -> dict[str, object]:
     """Of a completion. `offset`: characters of the answer before these tokens."""
+    return {**_legacy(tokens, offset), "top_logprobs": [_likeliest(token) for token in tokens]}
+
+
+def _legacy(tokens: Sequence[StreamToken], offset: int) -> dict[str, object]:
     offsets = []
     for token in tokens:
         offsets.append(offset)
@@ -30,6 +39,14 @@ def legacy_logprobs(tokens: Sequence[StreamToken], offset: int = 0) -> dict[str,
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{other.text: other.logprob for other in token.alternatives} for token in tokens],
         "text_offset": offsets,
     }
+
+
+def all_legacy_logprobs(tokens: Sequence[StreamToken]) -> dict[str, object]:
+    """Of a completion that is sent as a whole: alternatives are said as they are written."""
+    return {**_legacy(tokens, 0), "top_logprobs": map(_likeliest, tokens)}
+
+
+def _likeliest(token: StreamToken) -> dict[str, float]:
+    return {other.text: other.logprob for other in token.alternatives}

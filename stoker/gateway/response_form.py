@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from stoker.contract import GenerateResult, StreamToken
 from stoker.contract.parts import Begun, FunctionCall, Item, Part, Reasoning, add, items_of
@@ -15,12 +15,23 @@ from stoker.gateway.response_items import FunctionTool
 from stoker.gateway.tools import Choice, call_id
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a response repeats of its request. None: not given."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+
+
 @dataclass
 class ResponsesForm:
     job_id: str
     model: str
     choice: Choice
     tools: list[FunctionTool]
+    asked: Asked = Asked()
     wants_tokens: bool = False
     _number: int = 0
     _reader: ReasoningReader = field(init=False)
@@ -50,11 +61,15 @@ class ResponsesForm:
     def _response(self, status: str, **fields: object) -> dict[str, object]:
         return {
             "id": f"resp_{self.job_id}", "object": "response", "created_at": self._created, "status": status,
-            "model": self.model, "output": [], "error": None, "incomplete_details": None, "instructions": None,
-            "metadata": {}, "parallel_tool_calls": self.choice.parallel, "store": False, "temperature": None,
-            "top_p": None, "tool_choice": self.choice.mode if self.tools else "auto",
-            "tools": [tool.model_dump() for tool in self.tools], **fields,
+            "model": self.model, "output": [], "error": None, "incomplete_details": None, "metadata": {},
+            "parallel_tool_calls": self.choice.parallel, "store": False, "tool_choice": self._tool_choice(),
+            "tools": [tool.model_dump() for tool in self.tools], **asdict(self.asked), **fields,
         }  # fmt: skip
+
+    def _tool_choice(self) -> object:
+        if self.choice.name is not None:
+            return {"type": "function", "name": self.choice.name}
+        return self.choice.mode if self.tools else "auto"
 
     def _output(self, items: list[Item], status: str) -> list[dict[str, object]]:
         """`status`: that of the last one."""

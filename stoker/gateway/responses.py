@@ -13,7 +13,7 @@ from stoker.gateway.answers import Generation
 from stoker.gateway.calls import Call
 from stoker.gateway.errors import Names
 from stoker.gateway.fields import Body, Items, parse
-from stoker.gateway.response_form import ResponsesForm
+from stoker.gateway.response_form import Asked, ResponsesForm
 from stoker.gateway.response_items import FunctionTool, Item, TextFormat, choice_of, conversation_of, items_of
 from stoker.gateway.sampling import TIERS, GenerateBody
 from stoker.gateway.tools import Choice, chosen
@@ -91,6 +91,7 @@ async def asked(call: Call) -> Generation:
     """Raises `Refused`."""
     body = parse(ResponsesBody, call.body)
     model, adapter = call.model(body.model)
-    form = ResponsesForm(call.named.id, body.model, body.choice(), body.tools)
+    said = Asked(body.temperature, body.top_p, body.instructions, body.max_output_tokens)
+    form = ResponsesForm(call.named.id, body.model, body.choice(), body.tools, said)
     options, prompt = body.options(await call.models.most_tokens(model)), body.conversation()
     return Generation(call.sender(body.user), model, adapter, prompt, options, body.seed, form, NAMES, body.stream)

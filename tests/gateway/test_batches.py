@@ -16,7 +16,7 @@ import pytest
 
 from stoker import AsyncClient
 from stoker.broker import keys
-from stoker.broker.batches import Batches, BatchRecord, Lease
+from stoker.broker.batches import Batch, Batches, BatchRecord, Lease
 from stoker.broker.connection import connect
 from stoker.broker.ledger.ending import DISCARDED
 from stoker.client.asked import generation_share
@@ -27,6 +27,8 @@ from stoker.files.contents import FolderContents
 from stoker.gateway import batch_answers, batch_lines, batch_run, batch_runner, batches
 from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
+from stoker.gateway.batch_answers import Answerer
+from stoker.gateway.batch_runner import Runner
 from stoker.gateway.stored import Store
 from stoker.settings import Settings
 from stoker.testing import AsyncFakeClient
@@ -376,6 +378,43 @@ def test_a_cancel_counts_from_the_first_time_that_it_was_asked_for(settings: Set
             return found
 
     assert asyncio.run(asked()) == [0, 7, 7]
+
+
+def test_a_batch_that_ends_while_the_runner_looks_is_not_run_once_more(
+    api: openai.OpenAI, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the runner has seen of it is from before its end, and would be written over that."""
+    renew, begin, answer = Lease.renew, Runner._begin, Answerer.answer  # noqa: SLF001
+    looked, begun = asyncio.Event(), list[str]()
+
+    async def late(lease: Lease) -> bool:
+        first_time = not looked.is_set()
+        looked.set()
+        while first_time and await Batches(lease.redis).open(lease.place):
+            await asyncio.sleep(0.01)
+        return await renew(lease)
+
+    def noted(runner: Runner, batch: Batch) -> None:
+        begun.append(batch.record.id)
+        begin(runner, batch)
+
+    async def waiting(answerer: Answerer, *given: Any) -> tuple[str, bytes]:
+        await looked.wait()
+        return await answer(answerer, *given)
+
+    monkeypatch.setattr(batch_runner, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(Lease, "renew", late)
+    monkeypatch.setattr(Runner, "_begin", noted)
+    monkeypatch.setattr(Answerer, "answer", waiting)
+    echo(workers)
+    first = uploaded(api, [line(1)])
+    done = ended(api, first)
+    # Its look is over once another batch has been run.
+    second = uploaded(api, [line(2)])
+    ended(api, second)
+    assert begun == [first, second]
+    assert api.batches.retrieve(first) == done
+    assert done.status == "completed"
 
 
 def _open(workers: AsyncFakeClient, job_id: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -395,6 +397,31 @@ def test_a_client_has_room_for_so_many_files_and_so_many_bytes(
         api.files.create(file=("c", b"x"), purpose="batch")
     api.files.delete(first.id)
     api.files.create(file=("c", b"x"), purpose="batch")
+
+
+@pytest.mark.parametrize("limit", ["MOST_FILES", "MOST_STORED"])
+def test_a_file_that_is_being_stored_takes_room_already(
+    over: Served, api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(files, limit, 1)
+    put, begun, go_on = contents.FolderContents.put, threading.Event(), threading.Event()
+
+    def held(folder: contents.FolderContents, name: str, part: str, data: bytes) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        put(folder, name, part, data)
+
+    monkeypatch.setattr(contents.FolderContents, "put", held)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(api.files.create, file=("a", b"x"), purpose="batch")
+        assert begun.wait(20)
+        try:
+            with pytest.raises(openai.BadRequestError, match="you have 1 files and would have 2 bytes"):
+                api.files.create(file=("b", b"x"), purpose="batch")
+        finally:
+            go_on.set()
+        api.files.delete(first.result(20).id)
+    assert api.files.create(file=("b", b"x"), purpose="batch").bytes == 1, "nothing is taken any more"
 
 
 def test_a_disk_that_takes_nothing_is_said_and_leaves_nothing(

@@ -220,6 +220,7 @@ def test_a_run_whose_job_is_gone_has_failed_once_it_must_have_been_sent(api: ope
     assert failed.status == "failed"
     assert failed.error is not None
     assert failed.error.code == "job_not_found"
+    assert failed.finished_at == record["created"] - 601 + 600, "and always so"
 
 
 @pytest.mark.parametrize("kind", [JobFailed, JobDead])
@@ -260,6 +261,23 @@ def test_how_a_run_ended_is_written_down_once_however_often_it_is_looked_at(
         record["ending"]["finished"] -= 3600
         redis.set(keys.fine_tune(job.id), json.dumps(record), keepttl=True)
         assert api.fine_tuning.jobs.retrieve(job.id).finished_at == first.finished_at - 3600
+
+
+@pytest.mark.parametrize("died", [7000.5, None])
+def test_a_dead_run_has_ended_when_its_last_worker_went_silent(
+    api: openai.OpenAI, redis: Any, died: float | None
+) -> None:
+    job = started(api)
+    history = [{"worker": "a@h/1", "time": 6000.5}, {"worker": "b@h/2", "time": died}]
+    letter = {"kind": "train", "model": "m", "request": "{}", "client": "default", "history": history}
+    redis.hset(keys.DEAD, job.id, json.dumps(letter))
+    redis.expire(keys.DEAD, 60)
+    ended(redis, job.id, status="FAILURE", result={"exc_type": "JobDead", "exc_message": ["it crashed."]})
+    failed = api.fine_tuning.jobs.retrieve(job.id)
+    assert failed.status == "failed"
+    assert failed.finished_at == 7000 if died else (failed.finished_at or 0) > 7000
+    if died:
+        assert next(iter(api.fine_tuning.jobs.list_events(job.id))).created_at == 7000
 
 
 def test_a_dead_run_whose_letter_is_gone_is_sent_anew_under_its_id(api: openai.OpenAI, redis: Any) -> None:

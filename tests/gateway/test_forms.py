@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from stoker.gateway.errors import Refused
 from stoker.gateway.events import Event
 from stoker.gateway.response_form import ResponsesForm
 from stoker.gateway.tools import Choice, Function, call_id
+from stoker.gateway.writing import written
 
 USAGE = Usage(prompt_tokens=5, completion_tokens=3, cached_tokens=2, reasoning_tokens=1)
 OPENAI_USAGE = {
@@ -74,6 +76,10 @@ def test_a_token_without_text_is_a_chunk_of_a_completion_where_it_says_something
         assert len(list(form.token(token.model_copy(update={"finish_reason": reason})))) == chunks
 
 
+def as_sent(answer: dict[str, object]) -> Any:
+    return json.loads(asyncio.run(written(answer)))
+
+
 CUTS = st.lists(st.integers(0, 80), max_size=8)
 REASONS = st.sampled_from(["stop", "length", "context", "stop_token", "grammar"])
 
@@ -85,7 +91,7 @@ def test_the_chunks_of_a_completion_add_up_to_the_whole(
 ) -> None:
     made, ended = tokens(text, cuts, reason), result(text, reason)
     *chunks, last = data(events(CompletionForm("j", "m", probabilities, usage), made, ended))
-    whole: Any = CompletionForm("j", "m", probabilities, usage).whole(ended, made)
+    whole = as_sent(CompletionForm("j", "m", probabilities, usage).whole(ended, made))
     assert last == "[DONE]"
     if usage:
         counted = chunks.pop()
@@ -159,7 +165,7 @@ def test_the_chunks_of_a_chat_add_up_to_the_whole(
 ) -> None:
     made, ended = tokens(text, cuts, reason), result(text, reason)
     *chunks, last = data(events(ChatForm("j", "m", AUTO, probabilities, usage, "flex"), made, ended))
-    whole: Any = ChatForm("j", "m", AUTO, probabilities, usage, "flex").whole(ended, made)
+    whole = as_sent(ChatForm("j", "m", AUTO, probabilities, usage, "flex").whole(ended, made))
     assert last == "[DONE]"
     if usage:
         counted = chunks.pop()

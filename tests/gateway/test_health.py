@@ -52,6 +52,31 @@ def test_a_broker_that_does_not_answer_at_once_is_away(monkeypatch: pytest.Monke
     assert (answer.status_code, b"did not answer within 0.01 s" in answer.body) == (503, True)
 
 
+def test_many_who_ask_at_once_ask_the_broker_once() -> None:
+    asked, answer = list[int](), asyncio.Event()
+
+    class Slow(AsyncFakeClient):
+        async def workers(self) -> list[Presence]:
+            asked.append(1)
+            await answer.wait()
+            return []
+
+    async def ask() -> list[int]:
+        known = health.Health(Slow(), Numbers())
+        request = Request({"type": "http", "method": "GET", "path": "/readyz", "headers": []})
+        many = [asyncio.ensure_future(known.ready(request)) for _ in range(50)]
+        while not asked:
+            await asyncio.sleep(0)
+        for _ in range(200):
+            await asyncio.sleep(0)
+        many[0].cancel()
+        answer.set()
+        return [found.status_code for found in await asyncio.gather(*many[1:])]
+
+    assert asyncio.run(ask()) == [503] * 49
+    assert len(asked) == 1
+
+
 def test_a_gateway_is_ready_while_its_broker_answers_and_a_model_is_warm(
     served: Served, http: httpx2.Client, fake: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

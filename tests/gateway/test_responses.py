@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from openai.types.responses import Response
+from openai.types.responses import Response, ToolChoiceFunction
 
 from stoker import errors
 from stoker.contract.requests import MAX_ENTRIES
@@ -89,6 +89,22 @@ def test_what_is_asked_for_is_what_the_job_is(api: openai.OpenAI, fake: AsyncFak
     assert (sent.json_schema, fake.sent.jobs[0].client) == ({"type": "object"}, "team")
     assert sent.tools is not None
     assert sent.tools[0]["function"]["name"] == "weather"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_repeats_what_was_asked_for(api: openai.OpenAI, fake: AsyncFakeClient, stream: bool) -> None:
+    fake.script.generate('{"town": "Bonn"}')
+    made = api.responses.create(
+        model=CHAT, input="Weather?", instructions="You know.", temperature=0.5, top_p=0.9, max_output_tokens=40,
+        tools=[WEATHER], tool_choice={"type": "function", "name": "weather"}, stream=stream,
+    )  # fmt: skip
+    said = [made] if isinstance(made, Response) else [e.response for e in made if hasattr(e, "response")]
+    assert len(said) == (3 if stream else 1)
+    for answer in said:
+        found = (answer.instructions, answer.temperature, answer.top_p, answer.max_output_tokens)
+        assert found == ("You know.", 0.5, 0.9, 40)
+        assert isinstance(answer.tool_choice, ToolChoiceFunction)
+        assert answer.tool_choice.name == "weather"
 
 
 def test_an_answer_with_several_calls_that_comes_back_is_one_message_as_in_chats(

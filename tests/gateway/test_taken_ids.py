@@ -43,6 +43,25 @@ def test_an_id_that_another_client_has_used_is_refused_and_its_own_client_gets_t
         assert asked(running, path, "two", stream=True).status_code == 409
 
 
+#: A field of each body that says what is to be done, and another value of it.
+OTHERWISE: dict[str, dict[str, Any]] = {"/v1/embeddings": {"input": "another"}, "/v1/rerank": {"query": "another"}}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_an_id_that_the_client_has_used_for_another_request_does_not_answer_that(
+    running: Served, fake: AsyncFakeClient, path: str
+) -> None:
+    assert asked(running, path, "one").status_code == 200
+    otherwise = OTHERWISE.get(path, {"temperature": 0.5})
+    refused = asked(running, path, "one", **otherwise)
+    assert refused.status_code == 400, refused.text
+    assert "Idempotency-Key: 'once' given for another request" in refused.text
+    backwards = dict(reversed(BODIES[path].items()))
+    for same in ({}, {"priority": None}, backwards, {"stream": True} if path in STREAMED else {}):
+        assert asked(running, path, "one", **same).status_code == 200
+    assert len(fake.sent.jobs) == 1
+
+
 @pytest.mark.parametrize("path", [path for path in BODIES if path not in STREAMED])
 def test_what_has_no_stream_cannot_be_gone_on_with(running: Served, fake: AsyncFakeClient, path: str) -> None:
     headers = {"last-event-id": "once:1"}

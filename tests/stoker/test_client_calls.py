@@ -288,7 +288,7 @@ def test_a_link_under_another_key_has_the_same_connections() -> None:
 
 def test_a_client_under_another_key_shares_what_this_one_has_and_what_is_no_key_is_none() -> None:
     link: Any = Noting()
-    link.with_key = lambda key: ("over", key)
+    link.with_key = lambda key, asked: ("over", key)
     client: Any = AsyncClient(link=link)
     other = client.with_key("alice")
     assert other.link == ("over", "alice")

@@ -287,6 +287,19 @@ def test_an_id_of_another_kind_of_job_is_refused_and_leaves_no_input(
     assert blobs(server) == []
 
 
+def test_an_id_of_a_request_that_is_sent_again_otherwise_is_refused_for_good(server: Any, client: Client) -> None:
+    """Also behind the end of its job, when what was asked is no longer known: the digest of it is."""
+    first, second = (client.with_key("alice", asked=asked) for asked in ("one", "two"))
+    first.generate("x", model=SMOL.model, job_id="mine")
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="'mine' given for another request"):
+            second.generate("y", model=SMOL.model, job_id="mine")
+        for same in (first, client, client.with_key("bob", asked="two")):
+            assert same.generate("x", model=SMOL.model, job_id="mine").id == "mine"
+        ledger.cancel(server, "mine", keys.queue(SMOL.model, "generate"))
+        assert server.hget(keys.job("mine"), Field.REQUEST) is None
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_file_in_an_adapters_folder_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -36,6 +36,8 @@ class Field(StrEnum):
     SIZE = "size"
     #: What its model must be able to do, where that is not the name of its kind: `rerank`.
     ABILITY = "ability"
+    #: A digest of what the client's own client asked for; only where that may ask again under the same id.
+    ASKED = "asked"
     #: The trace that the job belongs to, in the form of W3C's Trace Context; only of a client that traces.
     TRACEPARENT = "traceparent"
     TRACESTATE = "tracestate"
@@ -87,6 +89,7 @@ class NewJob(Mapping[str, str]):
     adapter: str = ""
     size: str = ""
     ability: str = ""
+    asked: str = ""
     traceparent: str = ""
     tracestate: str = ""
 
@@ -118,12 +121,15 @@ def addressed(new: Mapping[str, str]) -> tuple[str, str]:
 @dataclass(frozen=True)
 class Summary:
     """What there is to know of a job that may have ended. `kind` is None for one that the broker does not know.
-    `ability`: what its model must be able to do; the kind's name in most cases."""
+    `ability`: what its model must be able to do; the kind's name in most cases. `client`: who has sent it; `asked`: a
+    digest of what it was asked for."""
 
     kind: str | None
     queue: str | None
     owned: bool
     ability: str | None
+    client: str | None = None
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -181,12 +187,13 @@ def _crashes(history: str | None) -> int:
 
 
 def summary(job_id: str) -> Call[Summary]:
-    return _read(job_id, _summary, Field.KIND, Field.QUEUE, Field.TOKEN, Field.ABILITY)
+    return _read(job_id, _summary, Field.KIND, Field.QUEUE, Field.TOKEN, Field.ABILITY, Field.CLIENT, Field.ASKED)
 
 
 def _summary(values: list[bytes | None]) -> Summary:
-    kind, queue, token, ability = values
-    return Summary(_text(kind), _text(queue), token is not None, _text(kind if ability is None else ability))
+    kind, queue, token, ability, client, asked = values
+    able = _text(kind if ability is None else ability)
+    return Summary(_text(kind), _text(queue), token is not None, able, _text(client), _text(asked))
 
 
 def listed(job_id: str) -> Call[Listed | None]:

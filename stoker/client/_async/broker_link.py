@@ -43,9 +43,10 @@ E = TypeVar("E", StreamToken, TrainReport)
 class AsyncBrokerLink:
     """`AsyncLink` over redis-py. It can be pickled: the broker's address travels, without the password."""
 
-    def __init__(self, settings: Settings, connections: Connections | None = None) -> None:
-        """`connections`: those of a link that has them already; they are closed with it."""
-        self._settings = settings
+    def __init__(self, settings: Settings, connections: Connections | None = None, asked: str = "") -> None:
+        """`connections`: those of a link that has them already; they are closed with it. `asked`: of every job that is
+        sent, a digest of what it was asked for."""
+        self._settings, self._asked = settings, asked
         self._connections = connections or Connections(settings)
         self._sent = traces.Sent()
         self._ended = Ended()
@@ -57,8 +58,9 @@ class AsyncBrokerLink:
     def settings(self) -> Settings:
         return self._settings
 
-    def with_key(self, key: str) -> AsyncLink:
-        return AsyncBrokerLink(self._settings.model_copy(update={"client_key": key}), self._connections)
+    def with_key(self, key: str, asked: str | None = None) -> AsyncLink:
+        settings = self._settings.model_copy(update={"client_key": key})
+        return AsyncBrokerLink(settings, self._connections, self._asked if asked is None else asked)
 
     @property
     def redis(self) -> Redis:
@@ -72,7 +74,7 @@ class AsyncBrokerLink:
     async def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
         with traces.sending(request, job_id) as trace:
             # In a thread: the digest of half a gigabyte would hold up an event loop.
-            make = partial(Submission, self._settings, request, job_id, data, trace=trace)
+            make = partial(Submission, self._settings, request, job_id, data, trace=trace, asked=self._asked)
             submission = await in_thread(make) if data else make()
             if not await self._is_there(submission):
                 with translated(self._settings):
@@ -87,7 +89,7 @@ class AsyncBrokerLink:
             return False
         with translated(self._settings):
             known = await summary(submission.job_id).on_async(self._redis)
-        submission.check_known(known.ability)
+        submission.check_known(known)
         return known.kind is not None
 
     async def revive(self, request: Request, job_id: str, client: str | None) -> None:
@@ -99,7 +101,7 @@ class AsyncBrokerLink:
                 reply = await submission.transition(revive=revive).on_async(self._redis)
                 await submission.tidy(self._redis.pipeline(), reply).execute()
                 if reply.state == "known":
-                    submission.check_known((await summary(submission.job_id).on_async(self._redis)).ability)
+                    submission.check_known(await summary(submission.job_id).on_async(self._redis))
                 pause = submission.pause(reply)
             if pause is None:
                 return

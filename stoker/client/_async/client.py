@@ -101,10 +101,12 @@ class AsyncClient(AsyncBulkClient):
     def __reduce__(self) -> tuple[object, ...]:
         return _client_over, (self.link,)
 
-    def with_key(self, key: str) -> AsyncClient:
+    def with_key(self, key: str, *, asked: str | None = None) -> AsyncClient:
         """A client that sends under another key, for programs that send for several users. It shares the connections
-        of this one, which closes them. Raises `InvalidRequest` for what can be no key."""
-        client = AsyncClient(link=self.link.with_key(checked(Rule.NAME, "key", key)))
+        of this one, which closes them. `asked`: a digest of what a user asked for, of all jobs that it sends: under an
+        id that this user's job has which was asked for otherwise, `InvalidRequest` is raised. Raises `InvalidRequest`
+        for what can be no key too."""
+        client = AsyncClient(link=self.link.with_key(checked(Rule.NAME, "key", key), asked))
         client.choices, client._choosing = self.choices, self._choosing
         return client
 

@@ -27,8 +27,9 @@ class AsyncLink(Protocol):
     @property
     def settings(self) -> Settings: ...
 
-    def with_key(self, key: str) -> AsyncLink:
-        """The same conversation, and the same connections, under another client's key."""
+    def with_key(self, key: str, asked: str | None = None) -> AsyncLink:
+        """The same conversation, and the same connections, under another client's key. `asked`: of every job that is
+        sent, a digest of what it was asked for; None: as before."""
 
     async def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
         """Send a job; `data` is its input."""

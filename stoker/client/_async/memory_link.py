@@ -33,8 +33,8 @@ HANGS = 10.0
 class AsyncMemoryLink:
     """`AsyncLink` over a `Memory`."""
 
-    def __init__(self, memory: Memory, settings: Settings | None = None) -> None:
-        self._memory, self._settings = memory, settings or memory.settings
+    def __init__(self, memory: Memory, settings: Settings | None = None, asked: str = "") -> None:
+        self._memory, self._settings, self._asked = memory, settings or memory.settings, asked
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a client that works in memory, and its jobs, cannot be pickled: they live in this process.")
@@ -43,11 +43,12 @@ class AsyncMemoryLink:
     def settings(self) -> Settings:
         return self._settings
 
-    def with_key(self, key: str) -> AsyncLink:
-        return AsyncMemoryLink(self._memory, self._settings.model_copy(update={"client_key": key}))
+    def with_key(self, key: str, asked: str | None = None) -> AsyncLink:
+        settings = self._settings.model_copy(update={"client_key": key})
+        return AsyncMemoryLink(self._memory, settings, self._asked if asked is None else asked)
 
     async def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
-        self._memory.submit(request, job_id, data, self._settings.client_key)
+        self._memory.submit(request, job_id, data, self._settings.client_key, self._asked)
 
     async def revive(self, request: Request, job_id: str, client: str | None) -> None:
         self._memory.revive(request, job_id, client)

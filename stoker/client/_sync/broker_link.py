@@ -44,9 +44,10 @@ E = TypeVar("E", StreamToken, TrainReport)
 class BrokerLink:
     """`Link` over redis-py. It can be pickled: the broker's address travels, without the password."""
 
-    def __init__(self, settings: Settings, connections: Connections | None = None) -> None:
-        """`connections`: those of a link that has them already; they are closed with it."""
-        self._settings = settings
+    def __init__(self, settings: Settings, connections: Connections | None = None, asked: str = "") -> None:
+        """`connections`: those of a link that has them already; they are closed with it. `asked`: of every job that is
+        sent, a digest of what it was asked for."""
+        self._settings, self._asked = settings, asked
         self._connections = connections or Connections(settings)
         self._sent = traces.Sent()
         self._ended = Ended()
@@ -58,8 +59,9 @@ class BrokerLink:
     def settings(self) -> Settings:
         return self._settings
 
-    def with_key(self, key: str) -> Link:
-        return BrokerLink(self._settings.model_copy(update={"client_key": key}), self._connections)
+    def with_key(self, key: str, asked: str | None = None) -> Link:
+        settings = self._settings.model_copy(update={"client_key": key})
+        return BrokerLink(settings, self._connections, self._asked if asked is None else asked)
 
     @property
     def redis(self) -> Redis:
@@ -73,7 +75,7 @@ class BrokerLink:
     def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
         with traces.sending(request, job_id) as trace:
             # In a thread: the digest of half a gigabyte would hold up an event loop.
-            make = partial(Submission, self._settings, request, job_id, data, trace=trace)
+            make = partial(Submission, self._settings, request, job_id, data, trace=trace, asked=self._asked)
             submission = in_thread(make) if data else make()
             if not self._is_there(submission):
                 with translated(self._settings):
@@ -88,7 +90,7 @@ class BrokerLink:
             return False
         with translated(self._settings):
             known = summary(submission.job_id).on(self._redis)
-        submission.check_known(known.ability)
+        submission.check_known(known)
         return known.kind is not None
 
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
@@ -100,7 +102,7 @@ class BrokerLink:
                 reply = submission.transition(revive=revive).on(self._redis)
                 submission.tidy(self._redis.pipeline(), reply).execute()
                 if reply.state == "known":
-                    submission.check_known((summary(submission.job_id).on(self._redis)).ability)
+                    submission.check_known(summary(submission.job_id).on(self._redis))
                 pause = submission.pause(reply)
             if pause is None:
                 return

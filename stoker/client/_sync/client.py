@@ -102,10 +102,12 @@ class Client(BulkClient):
     def __reduce__(self) -> tuple[object, ...]:
         return _client_over, (self.link,)
 
-    def with_key(self, key: str) -> Client:
+    def with_key(self, key: str, *, asked: str | None = None) -> Client:
         """A client that sends under another key, for programs that send for several users. It shares the connections
-        of this one, which closes them. Raises `InvalidRequest` for what can be no key."""
-        client = Client(link=self.link.with_key(checked(Rule.NAME, "key", key)))
+        of this one, which closes them. `asked`: a digest of what a user asked for, of all jobs that it sends: under an
+        id that this user's job has which was asked for otherwise, `InvalidRequest` is raised. Raises `InvalidRequest`
+        for what can be no key too."""
+        client = Client(link=self.link.with_key(checked(Rule.NAME, "key", key), asked))
         client.choices, client._choosing = self.choices, self._choosing
         return client
 

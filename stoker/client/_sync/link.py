@@ -28,8 +28,9 @@ class Link(Protocol):
     @property
     def settings(self) -> Settings: ...
 
-    def with_key(self, key: str) -> Link:
-        """The same conversation, and the same connections, under another client's key."""
+    def with_key(self, key: str, asked: str | None = None) -> Link:
+        """The same conversation, and the same connections, under another client's key. `asked`: of every job that is
+        sent, a digest of what it was asked for; None: as before."""
 
     def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
         """Send a job; `data` is its input."""

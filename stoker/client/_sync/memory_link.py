@@ -34,8 +34,8 @@ HANGS = 10.0
 class MemoryLink:
     """`Link` over a `Memory`."""
 
-    def __init__(self, memory: Memory, settings: Settings | None = None) -> None:
-        self._memory, self._settings = memory, settings or memory.settings
+    def __init__(self, memory: Memory, settings: Settings | None = None, asked: str = "") -> None:
+        self._memory, self._settings, self._asked = memory, settings or memory.settings, asked
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a client that works in memory, and its jobs, cannot be pickled: they live in this process.")
@@ -44,11 +44,12 @@ class MemoryLink:
     def settings(self) -> Settings:
         return self._settings
 
-    def with_key(self, key: str) -> Link:
-        return MemoryLink(self._memory, self._settings.model_copy(update={"client_key": key}))
+    def with_key(self, key: str, asked: str | None = None) -> Link:
+        settings = self._settings.model_copy(update={"client_key": key})
+        return MemoryLink(self._memory, settings, self._asked if asked is None else asked)
 
     def submit(self, request: Request, job_id: str, data: bytes = b"") -> None:
-        self._memory.submit(request, job_id, data, self._settings.client_key)
+        self._memory.submit(request, job_id, data, self._settings.client_key, self._asked)
 
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
         self._memory.revive(request, job_id, client)

@@ -14,6 +14,7 @@ from stoker.adapters import existing
 from stoker.broker import keys
 from stoker.broker.ledger.ending import DISCARDED
 from stoker.broker.ledger.listing import OpenJob
+from stoker.broker.ledger.record import Summary
 from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, Outcome, lost
 from stoker.client.in_memory.adapters import Registry
@@ -70,6 +71,14 @@ class _Job:
     made: int = 0
     error: StokerError | None = None
     outcome: Outcome | None = None
+    #: A digest of what it was asked for.
+    asked: str = ""
+
+    @property
+    def summary(self) -> Summary:
+        request = self.sent.request
+        queue = keys.queue(request.model, request.kind)
+        return Summary(request.kind, queue, False, request.ability, self.sent.client, self.asked)
 
 
 class Memory:
@@ -95,17 +104,17 @@ class Memory:
                 if "generate" in card.kinds:
                     self.registry.register(card.model, name, {"method": "lora", "rank": 8}, promote=True)
 
-    def submit(self, request: Request, job_id: str, data: bytes, client: str) -> None:
+    def submit(self, request: Request, job_id: str, data: bytes, client: str, asked: str = "") -> None:
         """Take a job in. An id that is known already is the same job, as at a broker."""
         with self._lock:
-            submission = Submission(self.settings, request, job_id, data)
+            submission = Submission(self.settings, request, job_id, data, client, asked=asked)
             refusal = self.script.refusal()
             if refusal is not None:
                 raise refusal
             if job_id in self._jobs:
-                submission.check_known(self._jobs[job_id].sent.request.ability)
+                submission.check_known(self._jobs[job_id].summary)
                 return
-            self._take(SentJob(job_id, travelled(submission.request), data, client))
+            self._take(SentJob(job_id, travelled(submission.request), data, client), asked)
 
     def revive(self, request: Request, job_id: str, client: str | None) -> None:
         """Take a dead job in again; it gets the next answer."""
@@ -113,9 +122,9 @@ class Memory:
             data, sender = self.job(job_id).sent.data, client or self.settings.client_key
             self._take(SentJob(job_id, travelled(request), data, sender))
 
-    def _take(self, sent: SentJob) -> None:
+    def _take(self, sent: SentJob, asked: str = "") -> None:
         answer = self.script.answer(sent.request.ability)
-        self._jobs[sent.job_id] = _Job(sent, answer, *_made(sent.request, answer))
+        self._jobs[sent.job_id] = _Job(sent, answer, *_made(sent.request, answer), asked=asked)
         self.sent.jobs.append(sent)
 
     def job(self, job_id: str) -> _Job:
