@@ -148,6 +148,13 @@ class Stack:
                 return presence
         return None
 
+    def _is_warm(self, client: Client) -> bool:
+        try:
+            return self._warm(client) is not None
+        except BrokerUnavailable:
+            # Nobody knows. The worker waits for it too.
+            return False
+
     def watch(self, report: Callable[[str], None]) -> None:
         """Run until interrupted. A worker that dies is started again, also if it was not warm yet: the memory that it
         lacks may be there later, and broker and gateway serve meanwhile. A broker that dies ends the stack."""
@@ -178,9 +185,13 @@ class Stack:
                 why = f"exit code {self.worker.returncode}" if warm else f"not warm yet: {_error_of(self.worker)}"
                 report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {pause:.0f} s"))
                 time.sleep(pause)
-                self.start_worker()
                 warm, pause = False, min(2 * pause, LONGEST_PAUSE)
-            elif not warm and self._warm(client) is not None:
+                try:
+                    self.start_worker()
+                except BrokerUnavailable as error:
+                    # One elsewhere may come back; of an own one the next round knows whether it has ended.
+                    report(f"no worker can be started now: {error}")
+            elif not warm and self._is_warm(client):
                 warm, pause = True, RESTART_PAUSE
                 report("a worker is warm again")
 

@@ -30,6 +30,8 @@ class World:
         self.now = 1000.0
         self.slept: list[float] = []
         self.broker: Broker | None = None
+        #: What a client meets, if it is not the broker.
+        self.away: BrokerUnavailable | None = None
         #: Where brokers were to listen.
         self.ports: list[int] = []
 
@@ -98,11 +100,16 @@ def _presence(worker: str) -> Presence:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
 
+    def workers() -> list[Presence]:
+        if made.away is not None:
+            raise made.away
+        return made.workers
+
     class Clients:
         def __init__(self, **_: Any) -> None: ...
 
         def __enter__(self) -> Any:
-            return SimpleNamespace(workers=lambda: made.workers)
+            return SimpleNamespace(workers=workers)
 
         def __exit__(self, *_: object) -> None: ...
 
@@ -247,6 +254,31 @@ def test_a_worker_that_dies_before_it_is_warm_again_takes_nothing_with_it(world:
     ]
     assert world.did == ["start worker"] * 3
     assert [pause for pause in world.slept if pause >= RESTART_PAUSE] == [2.0, 4.0, 2.0]
+
+
+def test_a_broker_elsewhere_that_is_away_as_a_worker_dies_does_not_end_the_rest(world: World, stack: Stack) -> None:
+    said: list[str] = []
+    first, away = world.child("worker"), BrokerUnavailable("it is away")
+
+    def dies() -> None:
+        first.returncode, world.away = 70, away
+
+    def back() -> None:
+        world.away = None
+
+    def goes() -> None:
+        world.away = away
+
+    def warm() -> None:
+        world.away = None
+        world.appears("second")
+
+    world.after = iter([dies, lambda: None, lambda: None, back, goes, lambda: None, warm, lambda: None])
+    with pytest.raises(KeyboardInterrupt):
+        stack.watch(said.append)
+    assert said[1] == "no worker can be started now: it is away"
+    assert said[-1] == "a worker is warm again"
+    assert world.child("worker") is not first
 
 
 def test_a_worker_that_cannot_come_up_is_tried_once_a_minute(world: World, stack: Stack) -> None:
