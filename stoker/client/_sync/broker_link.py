@@ -42,24 +42,26 @@ E = TypeVar("E", StreamToken, TrainReport)
 
 
 class BrokerLink:
-    """`Link` over redis-py. It can be pickled: the broker's address travels, without the password."""
+    """`Link` over redis-py. It can be pickled: the broker's address and the key travel, without the password."""
 
-    def __init__(self, settings: Settings, connections: Connections | None = None) -> None:
-        """`connections`: those of a link that has them already; they are closed with it."""
-        self._settings = settings
+    def __init__(self, settings: Settings, connections: Connections | None = None, key: str | None = None) -> None:
+        """`connections`: those of a link that has them already; they are closed with it. `key`: under which it sends,
+        if the program chose it."""
+        self._settings = settings if key is None else settings.model_copy(update={"client_key": key})
+        self._key = key
         self._connections = connections or Connections(settings)
         self._sent = traces.Sent()
         self._ended = Ended()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _link_at, (self._settings.address.without_password,)
+        return _link_at, (self._settings.address.without_password, self._key)
 
     @property
     def settings(self) -> Settings:
         return self._settings
 
     def with_key(self, key: str) -> Link:
-        return BrokerLink(self._settings.model_copy(update={"client_key": key}), self._connections)
+        return BrokerLink(self._settings, self._connections, key)
 
     @property
     def redis(self) -> Redis:
@@ -294,8 +296,8 @@ class BrokerLink:
         self._connections.close()
 
 
-def _link_at(address: str) -> BrokerLink:
+def _link_at(address: str, key: str | None = None) -> BrokerLink:
     from stoker.settings import load_settings
 
     settings = load_settings()
-    return BrokerLink(settings if settings.chosen_url is not None else load_settings(url=address))
+    return BrokerLink(settings if settings.chosen_url is not None else load_settings(url=address), key=key)
