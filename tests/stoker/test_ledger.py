@@ -300,6 +300,12 @@ def test_a_job_that_an_owner_crashed_with_before_counts_as_resumed_where_it_is_p
     assert (claimed.resumed, claimed.attempt) == (True, 2)
 
 
+def test_a_job_that_a_broker_took_whose_clock_was_ahead_has_not_waited_less_than_nothing(redis: Any) -> None:
+    submit(redis)
+    grow_old(redis, "job", -3600)
+    assert claim(redis, "one").age == 0
+
+
 def test_a_second_delivery_of_a_running_job_is_dropped(redis: Any) -> None:
     submit(redis)
     assert claim(redis, "one", "tag-1").state == "run"
