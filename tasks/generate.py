@@ -25,11 +25,13 @@ class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateRes
         return request
 
     def load_input(self, job: Job, request: GenerateRequest) -> list[StreamToken]:
-        """The tokens that an earlier owner published: the engine goes on behind them."""
+        """The tokens that an earlier owner published: the engine goes on behind them. Where a fail-over has lost some,
+        behind those before them: the text would lack what is missing, in silence."""
         if not job.claim.resumed:
             return []
         rows = job.runtime.redis.xrange(keys.stream(job.id))
-        return [StreamToken.model_validate_json(fields[b"entry"]) for _, fields in rows]
+        tokens = [StreamToken.model_validate_json(fields[b"entry"]) for _, fields in rows]
+        return [token for due, token in enumerate(tokens) if token.index == due]
 
     def submit(self, job: Job) -> Submit[GenerateRequest, list[StreamToken], GenerateResult]:
         engine, sent = job.runtime.engine, job.claim.submitted

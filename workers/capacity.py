@@ -54,6 +54,7 @@ class Lanes:
         self._held: dict[str, int] = {}
         #: kind → jobs that it may hold until it has taken the next one, where that is more than its capacity.
         self._lent: dict[str, int] = {}
+        self._closed = False
         self._lock = threading.Lock()
         #: Makes the consumer's loop look again, from any thread.
         self.wake: Callable[[], object] = _nothing
@@ -69,7 +70,12 @@ class Lanes:
 
     def load(self) -> dict[str, tuple[int, int]]:
         """kind → (held, limit)."""
-        return {kind: (held, self._most(kind)) for kind, held in self._held.items()}
+        return {kind: (held, held if self._closed else self._most(kind)) for kind, held in self._held.items()}
+
+    def close(self) -> None:
+        """The worker stops and takes no more jobs: from now on `load` says that there is no room. No lock: it is called
+        in a signal's handler."""
+        self._closed = True
 
     @property
     def held_back(self) -> dict[str, str]:

@@ -54,6 +54,13 @@ class Outcome:
             raise spoiled("result", record) from None
         return cls(_STATUS[status], value) if status in _STATUS else None
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens a generation that is done has published; 0 for what is none."""
+        usage = self.value.get("usage") if isinstance(self.value, dict) else None
+        made = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        return made if self.status is JobStatus.DONE and isinstance(made, int) else 0
+
     def unwrap(self, job_id: str) -> Any:
         """The value of a job that is done; raises what the worker raised, or `JobCancelled`."""
         if self.status is JobStatus.CANCELLED:

@@ -142,7 +142,8 @@ class Follower(Generic[E]):
         return pipeline
 
     def looked(self, replies: Sequence[object]) -> list[E]:
-        """The entries that `ask` has brought. Raises `JobLost` if the broker knows nothing of the job."""
+        """The entries that `ask` has brought. Raises `JobLost` if the broker knows nothing of the job,
+        and for one that is done and whose stream has gone: no tokens would be another text."""
         self._patience.renew()
         record, known, rows = self._said(*replies)
         self._owned |= known.owned
@@ -155,6 +156,8 @@ class Follower(Generic[E]):
             if not entries:
                 raise lost(self.job_id)
             return entries
+        if self._entry is StreamToken and self.outcome is not None and self.outcome.tokens > self.next:
+            raise self._lost_tokens()
         self._look, self._quiet_until = False, self._clock() + QUIET
         return entries
 
@@ -212,13 +215,16 @@ class Follower(Generic[E]):
             ) from None
         due = [entry for entry in entries if entry.index >= self.next]
         if self._entry is StreamToken and any(entry.index != at for at, entry in enumerate(due, self.next)):
-            raise JobLost(
-                f"job {self.job_id}: the broker has lost tokens of its stream, behind {self.next} that came. "
-                "`result()` has the whole, once the job is done."
-            )
+            raise self._lost_tokens()
         if due:
             self.next = due[-1].index + 1
         return due
+
+    def _lost_tokens(self) -> JobLost:
+        return JobLost(
+            f"job {self.job_id}: the broker has lost tokens of its stream, behind {self.next} that came. "
+            "`result()` has the whole, once the job is done."
+        )
 
     def live(self, payload: bytes) -> tuple[E | None, bool]:
         """The entry of a message if it is the one due, and whether entries before it were missed."""

@@ -115,6 +115,14 @@ def test_a_stream_that_has_lost_tokens_is_no_text_with_a_hole(left: tuple[int, .
     assert late.replay(rows(*left)) == [], "what is missing is behind this reader"
 
 
+@pytest.mark.parametrize("left", [(), (0, 1)])
+def test_a_job_that_is_done_and_whose_stream_is_gone_is_no_shorter_text(left: tuple[int, ...]) -> None:
+    done = json.dumps({"status": "SUCCESS", "result": {"text": "xxx", "usage": {"completion_tokens": 3}}}).encode()
+    with pytest.raises(JobLost, match=rf"lost tokens of its stream, behind {len(left)} that came"):
+        follower().looked([done, GONE, rows(*left)])
+    assert len(follower().looked([done, GONE, rows(0, 1, 2)])) == 3
+
+
 def test_reports_of_a_run_come_without_those_that_expired() -> None:
     reports = [report(index) for index in (5, 6)]
     found = [(keys.entry_id(one.index).encode(), {b"entry": one.model_dump_json().encode()}) for one in reports]

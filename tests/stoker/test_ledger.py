@@ -307,6 +307,12 @@ def test_every_owner_of_a_job_hears_when_it_was_submitted(redis: Any) -> None:
     assert claim(redis, "two").submitted == first.submitted
 
 
+def test_a_job_that_a_broker_took_whose_clock_was_ahead_has_not_waited_less_than_nothing(redis: Any) -> None:
+    submit(redis)
+    grow_old(redis, "job", -3600)
+    assert claim(redis, "one").age == 0
+
+
 def test_a_second_delivery_of_a_running_job_is_dropped(redis: Any) -> None:
     submit(redis)
     assert claim(redis, "one", "tag-1").state == "run"
@@ -920,6 +926,23 @@ def test_an_end_that_is_sent_again_because_its_answer_was_lost_says_that_it_was_
     claim(redis, "one")
     assert [complete(redis, "one"), complete(redis, "one")] == [1, 1]
     assert complete(redis, "two") == 0
+
+
+def test_a_lost_message_is_found_behind_more_running_jobs_than_one_look_takes(
+    redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "LOOKED_AT", 3)
+    names = [f"job-{number:02}" for number in range(10)]
+    for name in names:
+        submit(redis, name)
+    assert take_all(redis) == names
+    submit(redis, "lost")
+    redis.rpop(keys.ready(QUEUE))
+    redis.set(keys.worker("worker"), "alive", ex=keys.PRESENCE_TTL)
+    for age, name in enumerate(reversed(names), start=100):
+        redis.zadd(keys.dispatched(QUEUE), {name: redis.time()[0] - age})
+    redis.zadd(keys.dispatched(QUEUE), {"lost": redis.time()[0] - 50})
+    assert [ledger.recover(redis, QUEUE, 10) for _ in range(5)] == [(), (), (), ("lost",), ()]
 
 
 def test_a_recovered_job_is_no_longer_dispatched_until_it_comes_to_the_ready_list(redis: Any) -> None:

@@ -167,6 +167,18 @@ def test_a_job_can_be_pickled_and_found_again_in_another_process(fake: Callable[
         assert done.stdout.decode().split() == ["GenerateJob", job.id, "queued", "default"]
 
 
+def test_a_client_that_is_unpickled_sends_under_the_key_that_the_program_gave_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STOKER_CLIENT_KEY", "there")
+    with Client("redis://127.0.0.1:1/3") as client, Client("redis://127.0.0.1:1/3", key="bob") as bob:
+        data = pickle.dumps([client, client.with_key("alice"), bob])
+    monkeypatch.setenv("STOKER_CLIENT_KEY", "here")
+    found = pickle.loads(data)  # noqa: S301 -- our own
+    assert [one.settings.client_key for one in found] == ["here", "alice", "bob"]
+    assert [one.settings.client_key for one in pickle.loads(pickle.dumps(found))] == ["here", "alice", "bob"]  # noqa: S301
+
+
 def test_a_pickle_has_the_address_and_never_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STOKER_URL", raising=False)
     with Client("redis://me:sesame@127.0.0.1:1/3") as client:

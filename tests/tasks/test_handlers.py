@@ -264,6 +264,19 @@ def test_a_job_keeps_the_version_of_its_adapter_that_it_began_with(worker: Worke
     assert GenerateHandler().prepare(worker.job(resumed=True), request).adapter == "style@1"
 
 
+@pytest.mark.parametrize(("left", "expected"), [((0, 1, 2), [0, 1, 2]), ((0, 1, 3, 4), [0, 1]), ((2, 3), []), ((), [])])
+def test_a_job_goes_on_behind_the_tokens_before_those_that_the_broker_has_lost(
+    worker: Worker, left: tuple[int, ...], expected: list[int]
+) -> None:
+    for index in left:
+        token = StreamToken(index=index, token_id=1, text="a", logit=0.0, logprob=-1.0, probability=1.0)
+        worker.redis.xadd(keys.stream("job"), {"entry": token.model_dump_json()}, id=keys.entry_id(index))
+    worker.redis.expire(keys.stream("job"), 60)
+    request = generate_request("m", "x", 0, {})
+    tokens = GenerateHandler().load_input(worker.job(resumed=True), request)
+    assert [token.index for token in tokens] == expected
+
+
 def test_a_job_without_an_adapter_is_prepared_as_it_is(worker: Worker) -> None:
     request = generate_request("m", "x", 0, {})
     assert GenerateHandler().prepare(worker.job(), request) is request

@@ -144,6 +144,19 @@ def test_an_upload_that_is_not_what_was_sent_ends_its_job_and_leaves_no_file(
     assert [path for path in run.runtime.settings.runs.rglob("*") if path.is_file()] == []
 
 
+def test_an_upload_whose_name_promises_a_terabyte_is_not_asked_for_in_a_hundred_thousand_parts(run: Any) -> None:
+    asked: list[int] = []
+
+    def getrange(key: str, start: int, end: int) -> bytes:
+        asked.append(start)
+        return LINES[start : end + 1]
+
+    upload = Upload("dataset", run.id, "0" * 16, 10**12 - 1, "0" * 64)
+    with pytest.raises(JobLost, match="not whole"):
+        list(uploads.parts(SimpleNamespace(getrange=getrange), upload))
+    assert asked == [0]
+
+
 def test_a_byte_behind_the_last_part_is_seen(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = sent(run)
     monkeypatch.setattr(keys, "PART", len(LINES))

@@ -12,6 +12,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tests.conftest import wait_until
+from workers.capacity import Lanes
 from workers.deliveries import Deliveries, Health
 from workers.services import drain as drain_module
 from workers.services.drain import MISSES, Drain
@@ -51,10 +52,14 @@ def test_training_goes_back_at_once_and_the_rest_has_the_grace(monkeypatch: pyte
     started: list[Any] = []
     monkeypatch.setattr(drain_module, "Drain", lambda runtime: SimpleNamespace(start=lambda: started.append(runtime)))
     running: Any = worker
-    drain_module.begin(running, worker.deliveries)
+    lanes = Lanes()
+    lanes.configure({"generate": 4}, {"generate": []})
+    lanes.enter("generate")
+    drain_module.begin(running, worker.deliveries, lanes)
     assert worker.handed_back == [{"train"}]
     assert started == [worker]
     assert worker.hurried == 1, "no job that has the grace rests for others"
+    assert lanes.load() == {"generate": (1, 1)}, "no prompt is passed on to it"
     assert worker.deliveries.go_back, "what was prefetched goes back as its channel closes"
 
 

@@ -173,6 +173,18 @@ def test_a_lost_message_waits_again(redis: Any) -> None:
     assert redis.llen(keys.ready(queue)) == 1
 
 
+def test_a_round_looks_as_often_as_all_jobs_that_run_need(
+    redis: Any, looks: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "LOOKED_AT", 3)
+    queue = keys.queue("m", "embed")
+    redis.zadd(keys.dispatched(queue), {f"job-{number}": 1.0 for number in range(7)})
+    redis.expire(keys.dispatched(queue), 60)
+    say(redis, {"m": card("m", "embed")})
+    worker(redis).round()
+    assert looks.asked == 3 * [queue]
+
+
 def test_a_held_message_without_a_lease_gets_one_and_the_others_keep_theirs(redis: Any, looks: Ledger) -> None:
     redis.hset(keys.UNACKED, mapping={"kept#1": "x", "lost#1": "x"})
     redis.zadd(keys.LEASES, {"kept#1": 5.0})

@@ -52,6 +52,16 @@ def test_a_full_lane_has_no_room_and_the_others_have() -> None:
     assert lanes.load() == {"generate": (0, 3), "train": (1, 1)}
 
 
+def test_a_worker_that_stops_says_that_it_has_no_room() -> None:
+    lanes, _ = make()
+    for _ in range(2):
+        lanes.enter("generate")
+    lanes.close()
+    assert lanes.load() == {"generate": (2, 2), "train": (0, 0)}
+    lanes.leave("generate")
+    assert lanes.load() == {"generate": (1, 1), "train": (0, 0)}
+
+
 def test_the_loop_is_woken_when_a_full_lane_has_room_again_and_not_for_every_job() -> None:
     lanes, consumer = make()
     for _ in range(3):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
@@ -145,3 +146,41 @@ def test_a_job_that_the_other_worker_does_not_take_is_anyones_again_and_comes_ne
     stopped.set()
     standing = [json.loads(message)["headers"]["id"] for message in redis.lrange(keys.ready(QUEUE), 0, -1)]
     assert standing == ["later", "left"]
+
+
+def passed_on(redis: Any, job_id: str) -> None:
+    ledger.submit(redis, job_id, job_record(generate_request("m", "x", 0, {}), job_id))
+    redis.rpop(keys.ready(QUEUE))
+    ledger.claim(redis, job_id, QUEUE, "token", f"{job_id}#1", "here")
+    assert ledger.pass_on(redis, job_id, QUEUE, "token", "other") == "passed"
+
+
+def test_a_worker_that_ends_recalls_at_once_what_it_has_passed_on(redis: Any, place: Place) -> None:
+    stopped, placing = threading.Event(), place("here", placement=5.0)
+    placing.start(stopped)
+    for job_id in ("first", "second"):
+        passed_on(redis, job_id)
+        placing.recall_later(job_id, QUEUE, "other")
+    stopped.set()
+    placing.stop()
+    assert redis.llen(keys.ready(QUEUE)) == 2
+    assert not redis.exists(keys.placed(QUEUE, "other"))
+
+
+def test_a_job_is_recalled_also_where_the_broker_was_away_for_a_moment(
+    redis: Any, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placing, recall, troubles = place("here"), ledger.recall, iter([True])
+
+    def at_last(*named: Any) -> bool:
+        if next(troubles, False):
+            raise RedisConnectionError("away")
+        return recall(*named)
+
+    monkeypatch.setattr(ledger, "recall", at_last)
+    passed_on(redis, "job")
+    placing.recall_later("job", QUEUE, "other")
+    with pytest.raises(RedisConnectionError):
+        placing.recall_next()
+    placing.recall_next()
+    assert redis.llen(keys.ready(QUEUE)) == 1

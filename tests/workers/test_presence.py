@@ -126,6 +126,26 @@ def test_a_worker_that_stops_takes_its_presence_away(redis: Any, others: Others)
     assert redis.zscore(keys.WORKERS, "w@here") is None
 
 
+def test_a_beat_that_was_under_way_does_not_come_behind_the_goodbye(redis: Any, others: Others) -> None:
+    beats, under_way, go_on = heart(redis, others), threading.Event(), threading.Event()
+
+    def slow() -> Residency:
+        under_way.set()
+        go_on.wait(10)
+        return Residency()
+
+    beats.residency = slow
+    beat, goodbye = threading.Thread(target=beats.beat), threading.Thread(target=beats.say_goodbye)
+    beat.start()
+    under_way.wait(10)
+    goodbye.start()
+    go_on.set()
+    for thread in (beat, goodbye):
+        thread.join(10)
+    beats.beat()
+    assert not redis.exists(keys.worker("w@here"))
+
+
 def test_a_goodbye_that_no_broker_hears_ends_nothing_else(others: Others, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         heart(connect(Settings(url="redis://127.0.0.1:1/0")), others).say_goodbye()

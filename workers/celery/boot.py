@@ -196,7 +196,7 @@ def _leave_out(*_: object) -> None: ...
 
 def _drain(context: WorkerContext) -> None:
     try:
-        drain.begin(context.runtime, context.deliveries)
+        drain.begin(context.runtime, context.deliveries, context.lanes)
     except Exception:
         # Celery swallows what a signal handler raises; without this line nobody would know.
         log.exception("draining could not begin")

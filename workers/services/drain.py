@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from stoker.broker.connection import connect
 from stoker.contract.kinds import KINDS
+from workers.capacity import Lanes
 from workers.deliveries import Deliveries
 from workers.ending import end_process
 from workers.services.background import Background
@@ -28,8 +29,10 @@ EX_TEMPFAIL = 75
 LOOK_EVERY, MISSES = 1.0, 2
 
 
-def begin(runtime: Runtime, deliveries: Deliveries) -> None:
+def begin(runtime: Runtime, deliveries: Deliveries, lanes: Lanes) -> None:
     """Called when the worker was asked to stop (SIGTERM, SIGINT)."""
+    # No other worker passes a prompt on to this one.
+    lanes.close()
     # What was prefetched goes back to its queue at once.
     deliveries.go_back = True
     # In their grace, jobs that rested for a neighbour's streams go on.

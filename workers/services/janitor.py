@@ -97,14 +97,14 @@ class Janitor:
     def _recover(self, queue: str, older_than: float) -> None:
         """A queue that cannot be looked at must not keep the others from it."""
         try:
-            lost = ledger.recover(self._runtime.redis, queue, older_than=older_than)
+            # A large fleet runs tens of thousands of jobs.
+            for _ in range(1 + self._runtime.redis.zcard(keys.dispatched(queue)) // ledger.LOOKED_AT):
+                for job_id in ledger.recover(self._runtime.redis, queue, older_than=older_than):
+                    log.warning("job %s: its message was lost; it waits again", job_id)
         except ResponseError as error:
             if passes(error):
                 raise
             log.error("lost messages of %s cannot be looked for: %s", queue, error)
-            return
-        for job_id in lost:
-            log.warning("job %s: its message was lost; it waits again", job_id)
 
     def _sweep(self, card: ModelCard) -> None:
         """As with a queue."""

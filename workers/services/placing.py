@@ -67,11 +67,29 @@ class Placing:
     def __init__(self, settings: Settings, worker: str, redis: Any) -> None:
         self._wait, self._redis = settings.placement, redis
         self._here = Holder(_place(settings, worker), worker)
-        self._passed: queue.SimpleQueue[_Passed] = queue.SimpleQueue()
+        #: None: the worker ends.
+        self._passed: queue.SimpleQueue[_Passed | None] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._thread: Background | None = None
 
     def start(self, stopped: threading.Event) -> None:
         if self._wait:
-            Background("placing", self.recall_next, stopped=stopped).start()
+            self._stopped = stopped
+            self._thread = Background("placing", self.recall_next, stopped=stopped)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Called once `stopped` is set, and no job is passed on any more: recall at once what is left, which
+        nobody else would for up to four leases."""
+        if self._thread is None:
+            return
+        self._passed.put(None)
+        self._thread.join(1.0)
+        try:
+            while not self._passed.empty():
+                self._recall(self._passed.get_nowait())
+        except RedisError as error:
+            log.info("jobs that were passed on are not recalled: %s", error)
 
     def note(self, beginnings: Sequence[str]) -> None:
         """From now on this worker has them. A broker that does not take it is asked no second time."""
@@ -127,13 +145,25 @@ class Placing:
         self._passed.put(_Passed(time.monotonic() + self._wait, job_id, queue, worker))
 
     def recall_next(self) -> None:
-        """One that could not be recalled, `recover` finds."""
         try:
             passed = self._passed.get(timeout=LOOK_EVERY)
         except queue.Empty:
             return
-        time.sleep(max(0.0, passed.due - time.monotonic()))
-        if ledger.recall(self._redis, passed.job_id, passed.queue, passed.worker):
+        if passed is not None:
+            self._stopped.wait(max(0.0, passed.due - time.monotonic()))
+        self._recall(passed)
+
+    def _recall(self, passed: _Passed | None) -> None:
+        """One that the broker does not take comes again while its message is there; then `recover` finds it."""
+        if passed is None:
+            return
+        try:
+            recalled = ledger.recall(self._redis, passed.job_id, passed.queue, passed.worker)
+        except RedisError:
+            if time.monotonic() - passed.due < keys.PLACED_TTL:
+                self._passed.put(passed)
+            raise
+        if recalled:
             log.info("job %s is anyone's again: %s did not take it", passed.job_id, passed.worker)
 
 

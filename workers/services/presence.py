@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -32,6 +33,7 @@ class Heart:
         self.residency: Callable[[], Residency] = Residency
         #: What it says of pinned prefixes.
         self.prefixes: Callable[[], tuple[PrefixState, ...]] = tuple
+        self._lock, self._left = threading.Lock(), False
         rounds = (self.beat, lanes.grow, janitor.round)
         self.thread = Background("presence", *rounds, stopped=runtime.stopped, every=keys.PRESENCE_EVERY)
 
@@ -39,7 +41,9 @@ class Heart:
         self.thread.start()
 
     def say_goodbye(self) -> None:
-        """Take the presence away at once, so that nobody counts on a worker that has stopped."""
+        """Take the presence away at once, so that nobody counts on a worker that has stopped. No beat follows."""
+        with self._lock:
+            self._left = True
         try:
             self._runtime.redis.delete(keys.worker(self._runtime.name))
             self._runtime.redis.zrem(keys.WORKERS, self._runtime.name)
@@ -48,6 +52,11 @@ class Heart:
 
     def beat(self) -> None:
         """Say what is warm here. Called by other threads too."""
+        with self._lock:
+            if not self._left:
+                self._say()
+
+    def _say(self) -> None:
         presence = self._presence(clock.now(self._runtime.redis))
         pipeline = self._runtime.redis.pipeline()
         pipeline.set(keys.worker(presence.worker), presence.model_dump_json(), ex=keys.PRESENCE_TTL)

@@ -84,6 +84,7 @@ class Runtime:
         self.stopped.set()
         self.engine.stop()
         self.publisher.stop()
+        self.placing.stop()
         self.observers.close()
 
     @contextmanager

@@ -44,6 +44,8 @@ MAX_CRASHES = 3
 #: Jobs that may wait in one queue, and those of one client in it that have not ended, unless the policy says otherwise.
 QUEUE_LIMIT = 20_000
 CLIENT_LIMIT = 20_000
+#: Jobs that one look for lost messages takes.
+LOOKED_AT = 1000
 #: Bytes that the jobs of one queue which have not ended may have, requests and inputs.
 QUEUE_BYTES = 2 * 2**30
 #: Dead letters that are looked at in one go.
@@ -163,8 +165,9 @@ def refuse(redis: Any, job_id: str, queue: str, ending: Ending) -> bool:
 
 
 def recover(redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
-    """Let jobs wait again that were dispatched `older_than` seconds ago and have neither living owner nor message."""
-    arguments = (older_than, keys.worker(""))
+    """Let jobs wait again that were dispatched `older_than` seconds ago and have neither living owner nor message. One
+    look takes `LOOKED_AT` jobs, because nobody else is served meanwhile; the next one goes on behind those that run."""
+    arguments = (older_than, keys.worker(""), LOOKED_AT)
     return _call(TRANSITIONS.recover, recovered, "", queue, *arguments, extra=(keys.UNACKED,)).on(redis)
 
 

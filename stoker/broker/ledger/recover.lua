@@ -1,5 +1,6 @@
 -- KEYS[21]: what Celery holds unacknowledged
--- ARGV: seconds since a job was dispatched, prefix of workers' presences. Returns the jobs that were put back.
+-- ARGV: seconds since a job was dispatched, prefix of workers' presences, how many of those that were
+-- dispatched longest ago are looked at. Returns the jobs that were put back.
 begin(KEYS, ARGV)
 local standing = {}
 for _, message in ipairs(redis.call('LRANGE', ready, 0, -1)) do
@@ -50,8 +51,9 @@ local function keep(running)
   for _, key in ipairs(names) do redis.call('EXPIRE', key, pending_ttl) end
 end
 
-local found = {}
-for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, 1000)) do
+local found, most = {}, tonumber(ARGV[8])
+local oldest = redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumber(ARGV[6]), 'LIMIT', 0, most)
+for _, of in ipairs(oldest) do
   local key = job_prefix .. of
   local waits = rank(of)
   if not waits then
@@ -69,6 +71,8 @@ for _, of in ipairs(redis.call('ZRANGEBYSCORE', dispatched, '-inf', now - tonumb
       table.insert(found, of)
     else
       keep(waits)
+      -- Where there may be more, those that run make room for them at the next look.
+      if #oldest == most then add(dispatched, now, of) end
     end
   end
 end

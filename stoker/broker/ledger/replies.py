@@ -54,7 +54,8 @@ class Claim:
         state, age, resumed, request, *more = reply
         # Bytes that are no text become what is no JSON: the job ends with an error that says so.
         asked = request.decode(errors="backslashreplace")
-        claim = (state.decode(), float(age), resumed == b"1", asked)
+        # By a new primary whose clock is behind, a job may come from the future.
+        claim = (state.decode(), max(0.0, float(age)), resumed == b"1", asked)
         if not more:
             return cls(*claim)
         texts = [text.decode(errors="replace") for text in more]

@@ -41,26 +41,28 @@ E = TypeVar("E", StreamToken, TrainReport)
 
 
 class AsyncBrokerLink:
-    """`AsyncLink` over redis-py. It can be pickled: the broker's address travels, without the password."""
+    """`AsyncLink` over redis-py. It can be pickled: the broker's address and the key travel, without the password."""
 
-    def __init__(self, settings: Settings, connections: Connections | None = None, asked: str = "") -> None:
-        """`connections`: those of a link that has them already; they are closed with it. `asked`: of every job that is
-        sent, a digest of what it was asked for."""
-        self._settings, self._asked = settings, asked
+    def __init__(
+        self, settings: Settings, connections: Connections | None = None, key: str | None = None, asked: str = ""
+    ) -> None:
+        """`connections`: those of a link that has them already; they are closed with it. `key`: under which it sends,
+        if the program chose it. `asked`: of every job that is sent, a digest of what it was asked for."""
+        self._settings = settings if key is None else settings.model_copy(update={"client_key": key})
+        self._key, self._asked = key, asked
         self._connections = connections or Connections(settings)
         self._sent = traces.Sent()
         self._ended = Ended()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _link_at, (self._settings.address.without_password,)
+        return _link_at, (self._settings.address.without_password, self._key)
 
     @property
     def settings(self) -> Settings:
         return self._settings
 
     def with_key(self, key: str, asked: str | None = None) -> AsyncLink:
-        settings = self._settings.model_copy(update={"client_key": key})
-        return AsyncBrokerLink(settings, self._connections, self._asked if asked is None else asked)
+        return AsyncBrokerLink(self._settings, self._connections, key, self._asked if asked is None else asked)
 
     @property
     def redis(self) -> Redis:
@@ -295,8 +297,8 @@ class AsyncBrokerLink:
         await self._connections.aclose()
 
 
-def _link_at(address: str) -> AsyncBrokerLink:
+def _link_at(address: str, key: str | None = None) -> AsyncBrokerLink:
     from stoker.settings import load_settings
 
     settings = load_settings()
-    return AsyncBrokerLink(settings if settings.chosen_url is not None else load_settings(url=address))
+    return AsyncBrokerLink(settings if settings.chosen_url is not None else load_settings(url=address), key=key)

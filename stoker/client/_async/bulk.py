@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -136,6 +137,16 @@ class Generating(Bulk[Asked, "AsyncGenerateJob | StokerError", "GenerateResult |
         return answer
 
 
+@dataclass
+class _Sent(Generic[P, J, R]):
+    """A part whose turn has not come. `job`: the one under way; None: it has ended. `made`: what the part has become;
+    None with no job: it is to be sent again."""
+
+    part: P
+    job: J | None
+    made: R | None = None
+
+
 async def embed_chunks(
     client: AsyncEmbedder, texts: Texts, model: str, plan: Plan, options: EmbedOptions
 ) -> AsyncGenerator[Encoded]:
@@ -156,7 +167,7 @@ async def generate_answers(
 
 
 async def _in_order(client: AsyncSendingClient, parts: AsyncIterator[P], bulk: Bulk[P, J, R]) -> AsyncGenerator[R]:
-    waiting: deque[tuple[P, J]] = deque()
+    waiting: deque[_Sent[P, J, R]] = deque()
     unsent: P | None = None
     try:
         while True:
@@ -166,21 +177,38 @@ async def _in_order(client: AsyncSendingClient, parts: AsyncIterator[P], bulk: B
             if unsent is None and len(waiting) < bulk.in_flight.limit:
                 unsent = await anext(parts, None)
             if unsent is not None and (job := await _taken(bulk, unsent, wait=not waiting)) is not None:
-                waiting.append((unsent, job))
+                waiting.append(_Sent(unsent, job))
                 unsent = None
             elif waiting:
                 # At a full queue too: what fills it may be what jobs of this very call have made.
-                part, job = waiting[0]
-                found = await bulk.fetch(part, job)
-                if found is None:
-                    waiting[0] = part, await _send(bulk, part)
-                    continue
-                waiting.popleft()
-                yield found
+                found = await _oldest(bulk, waiting)
+                if found is not None:
+                    waiting.popleft()
+                    yield found
             elif unsent is None:
                 return
     finally:
-        await finished(partial(_cancel, [job for _, job in waiting]))
+        await finished(partial(_cancel, [sent.job for sent in waiting if sent.job is not None]))
+
+
+async def _oldest(bulk: Bulk[P, J, R], waiting: Sequence[_Sent[P, J, R]]) -> R | None:
+    """What the oldest has made; None: that is to be asked again. Where it has to be sent again and finds a full queue,
+    one of those behind it is fetched, and held until its turn."""
+    oldest = waiting[0]
+    if oldest.job is not None:
+        await _fetch(bulk, oldest)
+    elif oldest.made is None:
+        behind = next((sent for sent in waiting if sent.job is not None), None)
+        oldest.job = await _taken(bulk, oldest.part, wait=behind is None)
+        if oldest.job is None and behind is not None:
+            await _fetch(bulk, behind)
+    return oldest.made
+
+
+async def _fetch(bulk: Bulk[P, J, R], sent: _Sent[P, J, R]) -> None:
+    assert sent.job is not None
+    sent.made = await bulk.fetch(sent.part, sent.job)
+    sent.job = None
 
 
 async def _cancel(jobs: Iterable[AsyncEmbedJob | AsyncGenerateJob | StokerError]) -> None:
@@ -188,13 +216,6 @@ async def _cancel(jobs: Iterable[AsyncEmbedJob | AsyncGenerateJob | StokerError]
         if not isinstance(job, StokerError):
             with suppress(StokerError):
                 await job.cancel()
-
-
-async def _send(bulk: Bulk[P, J, R], part: P) -> J:
-    """Send a part; a full queue is waited for."""
-    while (job := await _taken(bulk, part, wait=True)) is None:
-        pass
-    return job
 
 
 async def _taken(bulk: Bulk[P, J, R], part: P, *, wait: bool) -> J | None:

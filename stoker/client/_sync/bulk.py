@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -135,6 +136,16 @@ class Generating(Bulk[Asked, "GenerateJob | StokerError", "GenerateResult | Stok
         return answer
 
 
+@dataclass
+class _Sent(Generic[P, J, R]):
+    """A part whose turn has not come. `job`: the one under way; None: it has ended. `made`: what the part has become;
+    None with no job: it is to be sent again."""
+
+    part: P
+    job: J | None
+    made: R | None = None
+
+
 def embed_chunks(client: Embedder, texts: Texts, model: str, plan: Plan, options: EmbedOptions) -> Generator[Encoded]:
     """The vectors of each job, in order."""
     with closing(_in_order(client, _cut(texts, plan), Embedding(client, model, plan, options))) as found:
@@ -153,7 +164,7 @@ def generate_answers(
 
 
 def _in_order(client: SendingClient, parts: Iterator[P], bulk: Bulk[P, J, R]) -> Generator[R]:
-    waiting: deque[tuple[P, J]] = deque()
+    waiting: deque[_Sent[P, J, R]] = deque()
     unsent: P | None = None
     try:
         while True:
@@ -163,21 +174,38 @@ def _in_order(client: SendingClient, parts: Iterator[P], bulk: Bulk[P, J, R]) ->
             if unsent is None and len(waiting) < bulk.in_flight.limit:
                 unsent = next(parts, None)
             if unsent is not None and (job := _taken(bulk, unsent, wait=not waiting)) is not None:
-                waiting.append((unsent, job))
+                waiting.append(_Sent(unsent, job))
                 unsent = None
             elif waiting:
                 # At a full queue too: what fills it may be what jobs of this very call have made.
-                part, job = waiting[0]
-                found = bulk.fetch(part, job)
-                if found is None:
-                    waiting[0] = part, _send(bulk, part)
-                    continue
-                waiting.popleft()
-                yield found
+                found = _oldest(bulk, waiting)
+                if found is not None:
+                    waiting.popleft()
+                    yield found
             elif unsent is None:
                 return
     finally:
-        finished(partial(_cancel, [job for _, job in waiting]))
+        finished(partial(_cancel, [sent.job for sent in waiting if sent.job is not None]))
+
+
+def _oldest(bulk: Bulk[P, J, R], waiting: Sequence[_Sent[P, J, R]]) -> R | None:
+    """What the oldest has made; None: that is to be asked again. Where it has to be sent again and finds a full queue,
+    one of those behind it is fetched, and held until its turn."""
+    oldest = waiting[0]
+    if oldest.job is not None:
+        _fetch(bulk, oldest)
+    elif oldest.made is None:
+        behind = next((sent for sent in waiting if sent.job is not None), None)
+        oldest.job = _taken(bulk, oldest.part, wait=behind is None)
+        if oldest.job is None and behind is not None:
+            _fetch(bulk, behind)
+    return oldest.made
+
+
+def _fetch(bulk: Bulk[P, J, R], sent: _Sent[P, J, R]) -> None:
+    assert sent.job is not None
+    sent.made = bulk.fetch(sent.part, sent.job)
+    sent.job = None
 
 
 def _cancel(jobs: Iterable[EmbedJob | GenerateJob | StokerError]) -> None:
@@ -185,13 +213,6 @@ def _cancel(jobs: Iterable[EmbedJob | GenerateJob | StokerError]) -> None:
         if not isinstance(job, StokerError):
             with suppress(StokerError):
                 job.cancel()
-
-
-def _send(bulk: Bulk[P, J, R], part: P) -> J:
-    """Send a part; a full queue is waited for."""
-    while (job := _taken(bulk, part, wait=True)) is None:
-        pass
-    return job
 
 
 def _taken(bulk: Bulk[P, J, R], part: P, *, wait: bool) -> J | None:

@@ -56,8 +56,9 @@ class Client(BulkClient):
     seconds to wait for room in a queue that is full before `QueueFull` is raised. They override
     `STOKER_CLIENT_KEY` and `STOKER_QUEUE_WAIT`.
 
-    A client and its jobs can be pickled. The broker's address travels, without the password. Where they are unpickled,
-    they use the settings of that process: its own broker if it has one (`STOKER_URL`), else this address.
+    A client and its jobs can be pickled. The broker's address travels, without the password, and the `key` that was
+    given. Where they are unpickled, they use the settings of that process for the rest: its own broker if it has one
+    (`STOKER_URL`), else this address.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class Client(BulkClient):
         from stoker.settings import load_settings
 
         #: What carries the client's questions; its jobs share it. None given: a link to the broker.
-        self.link = link or BrokerLink(settings or load_settings(url=url, client_key=key, queue_wait=queue_wait))
+        self.link = link or BrokerLink(
+            settings or load_settings(url=url, client_key=key, queue_wait=queue_wait), key=None if settings else key
+        )
         #: The registry of adapters: `list`, `get`, `load`, `promote`, `rollback`, `deactivate`, `unload`.
         self.adapters = Adapters(self.link, self.choose_model)
         #: Beginnings of prompts that workers keep ready: `list`, `pin`, `unpin`.
