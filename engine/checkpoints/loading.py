@@ -18,6 +18,7 @@ from engine.checkpoints.sources import naming, resolve
 from engine.checkpoints.vocabulary import check_ids, check_segments
 from engine.models.bridge import gguf_models, package
 from engine.models.bridge.decoder import BridgedDecoder
+from engine.models.causal import CausalEncoder
 from engine.models.decoder import Decoder
 from engine.models.embedders import ENCODERS, encoder
 from engine.models.encoder import Encoder
@@ -198,7 +199,7 @@ def _load_encoder(asked: _Load, config: dict[str, Any]) -> LoadedModel:
     spec = EmbeddingSpec.from_folder(folder, model.args)
     behind = [folder_tensors(each.folder, {}, precision, pause)[0] for each in spec.dense]
     pause()
-    tokenizer = Tokenizer.from_folder(inner, lowercase=spec.lowercase)
+    tokenizer = Tokenizer.from_folder(inner, lowercase=spec.lowercase, ends=isinstance(model, CausalEncoder))
     pause()
     check_ids(folder, tokenizer, model.args.vocab)
     if model.typed:

@@ -28,6 +28,8 @@ STEP_SECONDS = 0.1
 MOST_TOKENS = 131_072
 #: What the models of the E5 family are trained with (Wang et al. 2022, arXiv:2212.03533).
 E5_PROMPTS = {"query": "query: ", "passage": "passage: "}
+#: What sentence-transformers has in every model: many name a prompt for queries alone.
+USUAL_PROMPTS = {"document": ""}
 
 
 @dataclass(eq=False)
@@ -125,7 +127,7 @@ class EmbedLane:
         raise InvalidRequest(f"dimensions: {asked} given; {request.model} makes {shown}.")
 
     def _prompt(self, asked: str | None) -> str:
-        known = {**E5_PROMPTS, **self._spec.prompts}
+        known = {**USUAL_PROMPTS, **E5_PROMPTS, **self._spec.prompts}
         name = self._spec.default_prompt if asked is None else asked
         return "" if name is None else known.get(name, name)
 

@@ -9,8 +9,11 @@ from engine.models.bert import Bert, BertArgs
 from engine.models.causal import CausalEncoder
 from engine.models.encoder import Encoder
 from engine.models.gemma3 import Gemma3Args, Gemma3Encoder
+from engine.models.llama import LlamaArgs
+from engine.models.mistral import MistralArgs
 from engine.models.modernbert import ModernBert, ModernBertArgs
 from engine.models.mpnet import MPNet, MPNetArgs
+from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
 from engine.models.roberta import Roberta, RobertaArgs
 from engine.models.rotary_bert import RotaryBert, RotaryBertArgs
@@ -37,6 +40,9 @@ _MADE: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
 ENCODERS = tuple(_MADE)
 #: Those of `sentence_files.POOLED_DECODERS`.
 _POOLED: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
+    "llama": lambda config, tensors: CausalEncoder(LlamaArgs.from_config(config), tensors),
+    "mistral": lambda config, tensors: CausalEncoder(MistralArgs.from_config(config), tensors),
+    "qwen2": lambda config, tensors: CausalEncoder(Qwen2Args.from_config(config), tensors),
     "qwen3": lambda config, tensors: CausalEncoder(Qwen3Args.from_config(config), tensors),
     "gemma3_text": lambda config, tensors: Gemma3Encoder(Gemma3Args.from_config(config), tensors),
 }

@@ -95,7 +95,7 @@ _RERANKER_CONFIG = Table(
     ("prompts", "default_prompt_name", "activation_fn"), {"__version__": ANYTHING, "model_type": ("CrossEncoder",)}
 )
 #: Decoders by `model_type` that embed where there is a modules.json, and generate where there is none.
-POOLED_DECODERS = ("qwen3", "gemma3_text")
+POOLED_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 @dataclass(frozen=True)

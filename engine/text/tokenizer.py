@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import tokenizers
-from tokenizers import models, normalizers
+from tokenizers import models, normalizers, processors
 
 from engine.platform.jsonfiles import read_object
 from engine.text.byte_stream import ByteStream
@@ -85,10 +85,11 @@ class Tokenizer:
         self.pieces = Pieces.of(inner)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, lowercase: bool = False) -> Tokenizer:
+    def from_folder(cls, folder: Path, *, lowercase: bool = False, ends: bool = False) -> Tokenizer:
         """From `tokenizer.json` and the other files of its folder, as transformers reads them.
 
-        `lowercase` makes small letters of every text first, as sentence-transformers' files may ask.
+        `lowercase` makes small letters of every text first, as sentence-transformers' files may ask. `ends`: whether
+        `add_eos_token` counts, of a decoder that embeds; one that generates goes on with a text.
         """
         config = read_object(folder / "tokenizer_config.json", missing={})
         model = read_object(folder / "config.json", missing={})
@@ -105,6 +106,8 @@ class Tokenizer:
             raise ModelError(f"{folder}: its tokenizer cannot be built: {cut(error)}") from error
         if lowercase:
             _lowercase(inner)
+        if ends and config.get("add_eos_token") is True:
+            _end(inner, names)
         eos = [names.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id")]
         return cls(
             inner,
@@ -289,6 +292,18 @@ def _cleans(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
     forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output") is True
     bpe = isinstance(inner.model, tokenizers.models.BPE)
     return config.get("clean_up_tokenization_spaces") is True and (forced or not bpe)
+
+
+def _end(inner: tokenizers.Tokenizer, names: Mapping[str, str]) -> None:
+    """Put the end token behind every text, if the file does not do so itself."""
+    around = inner.encode("", add_special_tokens=True).ids
+    bos, eos = (inner.token_to_id(names.get(name, "")) for name in ("bos_token", "eos_token"))
+    if eos is None or eos in around[-1:]:
+        return
+    first = [(names["bos_token"], bos)] if bos is not None and around[:1] == [bos] else []
+    tokens = [*first, (names["eos_token"], eos)]
+    single = [*(name for name, _ in first), "$A", names["eos_token"]]
+    inner.post_processor = processors.TemplateProcessing(single=single, pair=None, special_tokens=tokens)
 
 
 def _lowercase(inner: tokenizers.Tokenizer) -> None:

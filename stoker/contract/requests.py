@@ -99,7 +99,8 @@ class EmbedRequest(JobRequest):
     normalize: bool | None = None
     #: What becomes of a text that is longer than the model takes: it is an error, or loses its end.
     truncation: Literal["error", "end"] = "error"
-    #: Put before each text: a name that the model's files know, `query` or `passage` (as E5 wants them), or any text.
+    #: Put before each text: a name that the model's files know, `query` or `passage` (as E5 wants them), `document`
+    #: (nothing, unless the files say otherwise), or any text.
     #: None: the default that the model's files name, if any.
     prompt: Annotated[str, StringConstraints(max_length=1000)] | None = None
     #: Keep the first numbers of each vector: for models that were trained for it (Matryoshka). None: all.

@@ -318,6 +318,18 @@ def test_the_prompt_that_the_models_files_name_goes_before_the_text_unless_anoth
     assert found == [encode("find: heat"), encode("find: heat"), encode("see: heat")]
 
 
+@pytest.mark.parametrize(("own", "wanted"), [({}, "heat"), ({"document": "text: "}, "text: heat")])
+def test_a_prompt_for_documents_is_nothing_where_the_model_has_none_and_no_text(
+    minilm: LoadedModel, own: dict[str, str], wanted: str
+) -> None:
+    """As in sentence-transformers: a model that names a prompt for queries has none for documents."""
+    assert minilm.embedding is not None
+    spec = replace(minilm.embedding, prompts={"query": "find: ", **own})
+    driver = Driver(replace(minilm, embedding=spec))
+    driver.send("heat", prompt="document")
+    assert [work.texts[0].tolist() for work in driver.lane.held] == [minilm.tokenizer.encode(wanted)]
+
+
 def test_a_text_that_is_cut_has_its_prompt_still(minilm: LoadedModel) -> None:
     driver = Driver(minilm)
     driver.send("heat " * 300, prompt="query")

@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from engine.checkpoints.inspecting import inspect
 from engine.checkpoints.loading import LoadedModel, load
@@ -22,6 +24,7 @@ from engine.embedding.pooling import pool
 from engine.models import fastmath
 from engine.models.attention import attention, attention_nearby
 from engine.models.encoder import unseen
+from engine.text.tokenizer import Tokenizer
 from engine.ticket import Ticket
 from engine.weights import safetensors
 from stoker.contract import EmbedRequest
@@ -338,3 +341,47 @@ def test_a_gte_without_token_types_adds_none(tmp_path: Path) -> None:
     safetensors.write(path / "model.safetensors", arrays)
     tokens = mx.array([list(range(5, 30))])
     assert mx.allclose(load("it", [str(path)]).encoder(tokens), opened("gte").encoder(tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("name", ["llama-llama3", "mistral", "qwen2-untied"])
+def test_a_decoder_of_the_llama_family_with_modules_embeds(name: str, ends: bool, tmp_path: Path) -> None:
+    """As E5-Mistral, and the Qwen2 that code is embedded by: the state of the last token, which has seen all, at
+    length one. The oracle is the decoder itself, which generates without these files."""
+    source, folder = GOLDENS / "architectures" / name, tmp_path / "model"
+    shutil.copytree(source, folder)
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules]
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "lasttoken"}))
+    (folder / "modules.json").write_text(json.dumps(listed))
+    generating = load("it", [str(source)])
+    eos = generating.tokenizer.main_eos_id
+    assert eos is not None
+    said = {"eos_token": generating.tokenizer.inner.id_to_token(eos), "add_eos_token": ends}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    model = load("it", [str(folder)])
+    assert model.embedding is not None
+    assert model.kind == inspect(folder).kind == verify(folder).inspection.kind == "embed"
+    end, room = [eos] if ends else [], model.embedding.max_tokens
+    texts = [text for text in TEXTS if text]
+    for text, vector in zip(texts, embedded(model, texts), strict=True):
+        tokens = [*generating.tokenizer.encode(text)[: room - len(end)], *end]
+        last = np.array(generating.decoder(mx.array([tokens])))[0, -1]
+        assert np.abs(vector - last / np.linalg.norm(last)).max() < CLOSE
+
+
+def test_a_text_that_the_tokenizers_file_begins_is_ended_too(tmp_path: Path) -> None:
+    """As of E5-Mistral, whose file has the token before a text alone. What is cut keeps both."""
+    plain = Tokenizer.from_folder(GOLDENS / "architectures" / "mistral")
+    first, last = (str(plain.inner.id_to_token(index)) for index in (1, 2))
+    changed = tokenizers.Tokenizer.from_str(plain.inner.to_str())
+    changed.post_processor = TemplateProcessing(single=[first, "$A"], pair=None, special_tokens=[(first, 1)])
+    changed.save(str(tmp_path / "tokenizer.json"))
+    said = {"bos_token": first, "eos_token": last, "add_eos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    ids = plain.encode("heat and heat", special=False)
+    assert Tokenizer.from_folder(tmp_path).encode("heat and heat") == [1, *ids]
+    ended = Tokenizer.from_folder(tmp_path, ends=True)
+    assert ended.encode("heat and heat") == [1, *ids, 2]
+    assert ended.encode_cut("heat and heat", 4) == [1, *ids[:2], 2]
