@@ -194,6 +194,7 @@ def test_an_adapter_whose_files_became_others_is_lent_again_and_serves_nobody_fr
     leading: Leading, said: bool
 ) -> None:
     """Also where another process of the home has replaced them, and nobody says so."""
+
     def answer(adapter: str) -> tuple[int, ...]:
         ticket = leading.submit(adapter=adapter)
         leading.finish()
