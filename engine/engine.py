@@ -317,6 +317,13 @@ class Engine:
         if isinstance(lane, GenerateLane):
             self._run_errand(lambda: lane.forget(name, version))
 
+    def check_files(self, model: str, name: str, version: int) -> None:
+        """`forget` a version that is in memory of other files than it has now. For callers in other threads than the
+        engine's."""
+        pool = self._warm.pools.get(model)
+        if pool is not None and pool.is_of_others(name, version):
+            self.forget(model, name, version)
+
     def pool(self, model: str) -> AdapterPool:
         """The adapters of `model` in memory."""
         return self._warm.pools[model]

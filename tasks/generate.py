@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
 
 from stoker.broker import keys
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from workers import adapters
 from workers.beginnings import beginnings
 from workers.job import Job, JobHandler, Submit, job_task
-
-if TYPE_CHECKING:
-    from engine.ticket import Ticket
 
 
 class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateResult]):
@@ -34,15 +31,8 @@ class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateRes
         return [token for due, token in enumerate(tokens) if token.index == due]
 
     def submit(self, job: Job) -> Submit[GenerateRequest, list[StreamToken], GenerateResult]:
-        engine, sent = job.runtime.engine, job.claim.submitted
-
-        def submit(
-            job_id: str, request: GenerateRequest, data: list[StreamToken], /, *, deadline: float | None
-        ) -> Ticket[GenerateResult]:
-            # By its record: another owner's prompt has the same date.
-            return engine.submit(job_id, request, data, deadline=deadline, sent=sent)
-
-        return submit
+        # By its record: another owner's prompt has the same date.
+        return partial(job.runtime.engine.submit, sent=job.claim.submitted)
 
     def finish(self, job: Job, request: GenerateRequest, result: GenerateResult) -> GenerateResult:
         job.runtime.placing.note(beginnings(request))

@@ -35,6 +35,8 @@ class _Held:
     version: int
     #: When it was last asked for, in a count of its own.
     used: int
+    #: Of the files that it was read from.
+    stamp: int
 
 
 class AdapterPool:
@@ -45,8 +47,8 @@ class AdapterPool:
     adapters that are all in use at once may take more.
 
     The stacks have room for more adapters, and for larger ranks, than they hold: loading one writes its row, and the
-    shapes that a compiled step has seen stay as they are. All except `check`, `resolved` and `loaded` run in the
-    engine's thread.
+    shapes that a compiled step has seen stay as they are. All except `loaded`, and what says that it may come from any
+    thread, run in the engine's.
     """
 
     def __init__(self, model: LoadedModel, store: AdapterStore, budget: int = BUDGET) -> None:
@@ -89,11 +91,23 @@ class AdapterPool:
             name, version = self._store.resolve(self._model.name, adapter)
             found = self._find(name, version)
             if found is None:
-                found = self._hold(name, version, self.own(self.read(name, version)))
+                stamp = self.stamp(name, version)
+                found = self._hold(name, version, self.own(self.read(name, version)), stamp)
             index = found
             self._touch(index)
         self._uses[index] += 1
         return index
+
+    def stamp(self, name: str, version: int) -> int:
+        """See `AdapterStore.stamp`. From any thread."""
+        return self._store.stamp(self._model.name, name, version)
+
+    def is_of_others(self, name: str, version: int) -> bool:
+        """Whether a version is in memory of other files than it has now, as another process may have put them there.
+        From any thread."""
+        stamp = self.stamp(name, version)
+        held = [one for one in list(self._held) if one and (one.name, one.version) == (name, version)]
+        return any(one.stamp != stamp for one in held)
 
     def read(self, name: str, version: int) -> LoraWeights:
         """The whole files of a version; raises `ModelError` as `acquire`."""
@@ -128,7 +142,7 @@ class AdapterPool:
     def _hold_if_possible(self, name: str, version: int, weights: LoraWeights) -> None:
         """What is written is made: its job does not fail because there is too little memory to serve it now."""
         try:
-            self._hold(name, version, weights)
+            self._hold(name, version, weights, self.stamp(name, version))
         except (MemoryError, RuntimeError) as error:
             log.warning("%s@%d is written, and not held in memory: %s", name, version, error)
 
@@ -168,12 +182,12 @@ class AdapterPool:
         assert held is not None
         held.used = next(self._clock)
 
-    def _hold(self, name: str, version: int, weights: LoraWeights) -> int:
+    def _hold(self, name: str, version: int, weights: LoraWeights, stamp: int) -> int:
         index = self._place_for(weights)
         # From now on the row is nobody's: where writing it fails, it must not serve under the name of before.
         self._held[index] = None
         self._write(index, weights, self._norms.get((name, version), {}))
-        self._held[index] = _Held(name, version, next(self._clock))
+        self._held[index] = _Held(name, version, next(self._clock), stamp)
         return index
 
     def _place_for(self, weights: LoraWeights) -> int:

@@ -49,6 +49,13 @@ class AdapterStore:
     def has(self, model: str, name: str, version: int) -> bool:
         return version in _versions(self._home(model, name))
 
+    def stamp(self, model: str, name: str, version: int) -> int:
+        """Another number for other files under the number of a version; 0 where there are none."""
+        try:
+            return self.folder(model, name, version).stat().st_ino
+        except FileNotFoundError:
+            return 0
+
     def resolve(self, model: str, adapter: str) -> tuple[str, int]:
         """`name` (its newest version) or `name@version` as (name, version); raises `UnknownAdapter` with those there
         are."""

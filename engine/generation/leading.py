@@ -79,7 +79,8 @@ class LeadingLane(GenerateLane):
         self._leads = False
         self._admitted = 0
         self._numbers: WeakKeyDictionary[Ticket[GenerateResult], int] = WeakKeyDictionary()
-        self._lent: set[tuple[str, int]] = set()
+        #: What the others have, with the stamp of the files that it was read from.
+        self._lent: dict[tuple[str, int], int] = {}
         super().__init__(model, pool, limits, clock=self._measured, agreed=self._agreed)
 
     def warming(self) -> Iterator[None]:
@@ -97,7 +98,7 @@ class LeadingLane(GenerateLane):
 
     def forget(self, name: str, version: int) -> None:
         """When it is asked for again: the others hear of it then, and drop the same prefixes as this one."""
-        self._lent.discard((name, version))
+        self._lent.pop((name, version), None)
 
     def _pin(self, work: Generation) -> None:
         """Let all ranks use one version of the job's adapter, and have its files. Raises what reading them does."""
@@ -106,12 +107,13 @@ class LeadingLane(GenerateLane):
             return
         name, version = adapter
         work.request = work.request.model_copy(update={"adapter": f"{name}@{version}"})
-        if adapter not in self._lent:
+        stamp = self._pool.stamp(name, version)
+        if self._lent.get(adapter) != stamp:
             weights = self._pool.read(name, version)
             self._sharing.lend(self._name, adapter, weights)
             super().forget(name, version)
             self._measure(adapter, weights)
-            self._lent.add(adapter)
+            self._lent[adapter] = stamp
 
     def _measure(self, adapter: tuple[str, int], weights: LoraWeights) -> None:
         """With the others, which have just got it."""

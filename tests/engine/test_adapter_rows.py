@@ -217,12 +217,12 @@ def test_of_several_patterns_the_first_that_matches_says_a_layers_number(
     patterns: Any, number: int, changed: bool
 ) -> None:
     fields = {"target_modules": ["q_proj"], "layers_pattern": patterns, "layers_to_transform": number}
-    found = target_layers("it", fields, ["layers.0.blocks.1.q_proj"])
-    assert found == ({"layers.0.blocks.1.q_proj"} if changed else set())
+    layer = "layers.0.blocks.1.q_proj"
+    assert target_layers("it", fields, {f"model.{layer}": layer}) == ({layer} if changed else set())
 
 
 @pytest.mark.parametrize("pattern", ["a{99999999999999}", "(" * 300, "(?P<x", "[", "(" * 5000 + ")" * 5000])
 def test_a_pattern_that_is_none_is_one_error_and_the_next_is_matched(pattern: str) -> None:
     with pytest.raises(ModelError, match="is no regular expression"):
-        target_layers("it", {"target_modules": pattern}, [NAME])
-    assert target_layers("it", {"target_modules": r".*q_proj"}, [NAME]) == {NAME}
+        target_layers("it", {"target_modules": pattern}, {f"model.{NAME}": NAME})
+    assert target_layers("it", {"target_modules": r".*q_proj"}, {f"model.{NAME}": NAME}) == {NAME}

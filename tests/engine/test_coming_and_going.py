@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engine.adapters.store import AdapterStore
 from engine.engine import Engine
 from engine.errand import Errand
 from engine.generation.limits import LaneLimits
@@ -188,6 +189,25 @@ def test_a_version_whose_files_became_others_is_read_again_once_the_engine_forge
     assert (store.maker("first", "style", 1), tokens("two", "style@1")) == ("now", before)
     engine.forget("first", "style", 1)
     engine.forget("another", "style", 1)
+    assert tokens("three", "style@1") == tokens("four", "style@2") != before
+
+
+def test_a_version_whose_files_another_process_has_replaced_is_read_again_once_they_are_checked(engine: Engine) -> None:
+    def tokens(job: str, adapter: str) -> tuple[int, ...]:
+        asked = asking("first", 12).model_copy(update={"adapter": adapter})
+        engine.check_files("first", "style", 1)
+        return tuple(engine.submit(job, asked).result(60).token_ids)
+
+    model, store = engine.model("first"), engine.store
+    engine.check_files("another", "style", 1)
+    store.write("first", "style", tiny.adapter(model, 2, 1), {"job": "before"})
+    before = tokens("one", "style@1")
+    assert tokens("two", "style@1") == before
+    assert engine.pool("first").loaded == ("style@1",)
+    other = AdapterStore(store.folder("first", "style", 1).parents[2])
+    other.set_aside("first", "style", 1)
+    for version in (1, 2):
+        other.write("first", "style", tiny.adapter(model, 2, 5), {"job": "now"}, version)
     assert tokens("three", "style@1") == tokens("four", "style@2") != before
 
 

@@ -64,7 +64,11 @@ class Worker:
             redis=self.redis,
             settings=settings,
             engine=SimpleNamespace(
-                store=self.store, models={"m": None}, run_memory=self.run_memory, kept_by=lambda request: 60
+                store=self.store,
+                models={"m": None},
+                run_memory=self.run_memory,
+                kept_by=lambda request: 60,
+                check_files=lambda *version: None,
             ),
             name="w@here",
             placing=Placing(settings, "w@here", self.redis),

@@ -33,11 +33,16 @@ class Home:
     def __init__(self, settings: Settings, redis: Any, root: Path) -> None:
         self.redis, self.settings, self.store = redis, settings, AdapterStore(root / "adapters")
         self.forgotten: list[tuple[str, str, int]] = []
+        self.checked: list[tuple[str, str, int]] = []
 
     def run(self, job_id: str) -> Any:
         self.redis.hset(keys.job(job_id), mapping={Field.KIND: "generate", Field.TOKEN: "token"})
         self.redis.expire(keys.job(job_id), 60)
-        engine = SimpleNamespace(store=self.store, forget=lambda *version: self.forgotten.append(version))
+        engine = SimpleNamespace(
+            store=self.store,
+            forget=lambda *version: self.forgotten.append(version),
+            check_files=lambda *version: self.checked.append(version),
+        )
         runtime = SimpleNamespace(redis=self.redis, settings=self.settings, engine=engine, name="w@here")
         return SimpleNamespace(id=job_id, runtime=runtime, token="token")
 
@@ -133,7 +138,9 @@ def test_a_worker_fetches_what_it_does_not_hold_and_nothing_twice(
     folder = other.store.folder("m", "style", 1)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
     monkeypatch.setattr(Artifacts, "get", lambda *_: pytest.fail("it is there"))
+    assert not other.checked
     adapters.pinned(other.run("b"), "m", "style")
+    assert other.checked == [("m", "style", 1)], "another worker of the home may have put them there"
 
 
 def test_files_that_another_registry_gave_the_same_number_serve_nobody_and_are_not_lost(

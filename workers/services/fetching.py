@@ -23,6 +23,8 @@ def fetch(runtime: Runtime, model: str, name: str, version: int) -> None:
     if store.has(model, name, version):
         maker = registry.maker(runtime.redis, model, name, version)
         if not _is_of_another(runtime, model, name, version, maker):
+            # Another worker of this home may have put them there.
+            runtime.engine.check_files(model, name, version)
             return
     data = Artifacts(runtime.settings, runtime.redis).get(model, name, version)
     if data is None:
