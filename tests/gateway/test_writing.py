@@ -56,12 +56,12 @@ def test_an_answer_with_many_alternatives_is_written_while_others_have_their_tur
             await asyncio.sleep(0)
 
     async def write() -> bytes:
-        beside = asyncio.ensure_future(others())
+        turns = asyncio.ensure_future(others())
         try:
             return await written(FORMS[name]().whole(result("a"), tokens(1)))
         finally:
             most.append(len(since))
-            beside.cancel()
+            turns.cancel()
 
     monkeypatch.setattr(logprobs, name, noted)
     asyncio.run(write())
