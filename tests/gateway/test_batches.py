@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -625,6 +627,32 @@ def test_a_client_may_have_so_many_batches_under_way(
     for batch_id in open_ones:
         api.batches.cancel(batch_id)
         ended(api, batch_id)
+
+
+def test_a_batch_that_is_being_made_counts_already(
+    api: openai.OpenAI, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "MOST_OPEN", 1)
+    create, begun, go_on = Batches.create, threading.Event(), threading.Event()
+
+    async def held(known: Batches, record: BatchRecord) -> None:
+        begun.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        await create(known, record)
+
+    monkeypatch.setattr(Batches, "create", held)
+    echo(workers)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(uploaded, api, [line(1)])
+        assert begun.wait(20)
+        try:
+            with pytest.raises(openai.RateLimitError, match="cancel some"):
+                uploaded(api, [line(2)])
+        finally:
+            go_on.set()
+        ended(api, first.result(20))
+    assert ended(api, uploaded(api, [line(3)])).status == "completed", "nothing counts any more"
 
 
 def test_the_batches_of_others_leave_no_client_less_room(
