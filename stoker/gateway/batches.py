@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 from starlette.requests import Request
@@ -62,6 +63,8 @@ class BatchEndpoints:
 
     def __init__(self, broker: AsyncClient, store: Store, wake: Callable[[], None]) -> None:
         self._broker, self._store, self._wake = broker, store, wake
+        #: Ids of batches that are being made, by their owner.
+        self._coming: dict[str, set[str]] = {}
 
     async def create(self, call: Call) -> Response:
         if call.named.given:
@@ -81,16 +84,32 @@ class BatchEndpoints:
             window=body.completion_window, metadata=body.metadata, created=created, expires=int(created) + window,
             lifetime=seconds,
         )  # fmt: skip
-        await self._check_open(owner, source.place)
-        with translated(self._broker.settings):
-            await self._batches.create(record)
+        with self._comes(record):
+            await self._check_open(owner, source.place)
+            with translated(self._broker.settings):
+                await self._batches.create(record)
         self._wake()
         return JSONResponse(shown(Batch(record)))
 
+    @contextmanager
+    def _comes(self, record: BatchRecord) -> Iterator[None]:
+        """A batch that is being made counts from now on, for others that come meanwhile."""
+        own = self._coming.setdefault(record.owner, set())
+        own.add(record.id)
+        try:
+            yield
+        finally:
+            own.discard(record.id)
+            if not own:
+                self._coming.pop(record.owner, None)
+
     async def _check_open(self, owner: str, place: str) -> None:
+        """Whether there may be one more, with all that come. Each knows of those before it."""
+        ids = set(self._coming[owner])
         with translated(self._broker.settings):
             found = await self._batches.open(place)
-        if sum(batch.record.owner == owner for batch in found) >= MOST_OPEN:
+        ids |= {batch.record.id for batch in found if batch.record.owner == owner}
+        if len(ids) > MOST_OPEN:
             message = f"you have {MOST_OPEN} batches that have not ended, the most there may be; cancel some, or wait."
             raise Refused(429, message, code="batches_full", again=60.0)
 

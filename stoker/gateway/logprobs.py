@@ -49,4 +49,8 @@ def all_legacy_logprobs(tokens: Sequence[StreamToken]) -> dict[str, object]:
 
 
 def _likeliest(token: StreamToken) -> dict[str, float]:
-    return {other.text: other.logprob for other in token.alternatives}
+    """Of several that have one text, as parts of a character do, the likeliest."""
+    found: dict[str, float] = {}
+    for other in token.alternatives:
+        found[other.text] = max(other.logprob, found.get(other.text, other.logprob))
+    return found

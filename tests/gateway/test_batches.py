@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ import pytest
 
 from stoker import AsyncClient
 from stoker.broker import keys
-from stoker.broker.batches import Batch, Batches, BatchRecord, Lease
+from stoker.broker.batches import Batches, BatchRecord, Lease
 from stoker.broker.connection import connect
 from stoker.broker.ledger.ending import DISCARDED
 from stoker.client.asked import generation_share
@@ -28,7 +30,7 @@ from stoker.gateway import batch_answers, batch_lines, batch_run, batch_runner, 
 from stoker.gateway.access import Keyed
 from stoker.gateway.app import Gateway
 from stoker.gateway.batch_answers import Answerer
-from stoker.gateway.batch_runner import Runner
+from stoker.gateway.batch_run import BatchRun
 from stoker.gateway.stored import Store
 from stoker.settings import Settings
 from stoker.testing import AsyncFakeClient
@@ -384,7 +386,7 @@ def test_a_batch_that_ends_while_the_runner_looks_is_not_run_once_more(
     api: openai.OpenAI, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the runner has seen of it is from before its end, and would be written over that."""
-    renew, begin, answer = Lease.renew, Runner._begin, Answerer.answer  # noqa: SLF001
+    renew, run, answer = Lease.renew, BatchRun.run, Answerer.answer
     looked, begun = asyncio.Event(), list[str]()
 
     async def late(lease: Lease) -> bool:
@@ -394,9 +396,9 @@ def test_a_batch_that_ends_while_the_runner_looks_is_not_run_once_more(
             await asyncio.sleep(0.01)
         return await renew(lease)
 
-    def noted(runner: Runner, batch: Batch) -> None:
+    async def noted(batch: BatchRun) -> None:
         begun.append(batch.record.id)
-        begin(runner, batch)
+        await run(batch)
 
     async def waiting(answerer: Answerer, *given: Any) -> tuple[str, bytes]:
         await looked.wait()
@@ -404,7 +406,7 @@ def test_a_batch_that_ends_while_the_runner_looks_is_not_run_once_more(
 
     monkeypatch.setattr(batch_runner, "LOOK_EVERY", 0.05)
     monkeypatch.setattr(Lease, "renew", late)
-    monkeypatch.setattr(Runner, "_begin", noted)
+    monkeypatch.setattr(BatchRun, "run", noted)
     monkeypatch.setattr(Answerer, "answer", waiting)
     echo(workers)
     first = uploaded(api, [line(1)])
@@ -625,6 +627,32 @@ def test_a_client_may_have_so_many_batches_under_way(
     for batch_id in open_ones:
         api.batches.cancel(batch_id)
         ended(api, batch_id)
+
+
+def test_a_batch_that_is_being_made_counts_already(
+    api: openai.OpenAI, workers: AsyncFakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "MOST_OPEN", 1)
+    create, begun, go_on = Batches.create, threading.Event(), threading.Event()
+
+    async def held(known: Batches, record: BatchRecord) -> None:
+        begun.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        await create(known, record)
+
+    monkeypatch.setattr(Batches, "create", held)
+    echo(workers)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(uploaded, api, [line(1)])
+        assert begun.wait(20)
+        try:
+            with pytest.raises(openai.RateLimitError, match="cancel some"):
+                uploaded(api, [line(2)])
+        finally:
+            go_on.set()
+        ended(api, first.result(20))
+    assert ended(api, uploaded(api, [line(3)])).status == "completed", "nothing counts any more"
 
 
 def test_the_batches_of_others_leave_no_client_less_room(

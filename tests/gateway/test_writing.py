@@ -56,12 +56,12 @@ def test_an_answer_with_many_alternatives_is_written_while_others_have_their_tur
             await asyncio.sleep(0)
 
     async def write() -> bytes:
-        beside = asyncio.ensure_future(others())
+        turns = asyncio.ensure_future(others())
         try:
             return await written(FORMS[name]().whole(result("a"), tokens(1)))
         finally:
             most.append(len(since))
-            beside.cancel()
+            turns.cancel()
 
     monkeypatch.setattr(logprobs, name, noted)
     asyncio.run(write())
@@ -81,6 +81,14 @@ def test_each_completion_of_a_whole_answer_has_the_probabilities_of_its_own_toke
         else:
             assert said["tokens"] == texts
             assert said["top_logprobs"] == [{"other": -2.0}] * len(texts)
+
+
+def test_of_alternatives_with_one_text_the_likeliest_is_shown() -> None:
+    """Parts of a character have no text of their own, and a completion names alternatives by their text."""
+    parts = tuple(Alternative(token_id=at, text="\ufffd", logprob=logprob) for at, logprob in enumerate((-2, -1, -3)))
+    (token, *_) = tokens(1)
+    shown = logprobs.legacy_logprobs([token.model_copy(update={"alternatives": parts})])
+    assert shown["top_logprobs"] == [{"\ufffd": -1}]
 
 
 def test_what_is_written_is_json_of_the_same() -> None:
