@@ -233,6 +233,21 @@ def test_a_log_that_another_process_has_put_aside_is_written_on(tmp_path: Path) 
     }
 
 
+@pytest.mark.parametrize("deleted", ["the file", "its folder"])
+def test_a_log_that_is_deleted_by_hand_is_begun_anew_with_the_next_line(tmp_path: Path, deleted: str) -> None:
+    path = tmp_path / "logs" / "worker.log"
+    path.parent.mkdir()
+    log = guard.RotatingLog(str(path), 100, 2)
+    log.write(b"lost\nhalf of ")
+    path.unlink()
+    if deleted == "its folder":
+        path.parent.rmdir()
+    log.write(b"a line\n")
+    log.write(b"the next\n")
+    log.write(b"and more\n")
+    assert path.read_bytes() == b"the next\nand more\n"
+
+
 def test_a_log_that_is_deleted_as_it_is_opened_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By `stoker clean`, between the opening and the lock."""
     path, lock = tmp_path / "log", fcntl.flock
