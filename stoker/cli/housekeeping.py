@@ -35,21 +35,30 @@ def clean(
     settings, now = load_settings(), time.time()
     found = _leftovers(settings, now, now - seconds(older_than))
     halves = len(storage.drafts(settings)) if dry_run else storage.remove_drafts(settings)
+    gone = []
     for leftover in found:
-        if not dry_run:
-            try:
-                storage.remove(leftover)
-            except OSError as error:
-                raise ConfigError(f"{leftover.path}: cannot be deleted ({error}).") from None
-        if not as_json:
-            print(f"{leftover.path}: {leftover.reason}, {megabytes(leftover.bytes)}")
-    total = sum(leftover.bytes for leftover in found)
+        if dry_run or _is_removed(leftover):
+            gone.append(leftover)
+            if not as_json:
+                print(f"{leftover.path}: {leftover.reason}, {megabytes(leftover.bytes)}")
+    total = sum(leftover.bytes for leftover in gone)
     if as_json:
-        plain = [{**asdict(leftover), "path": str(leftover.path)} for leftover in found]
+        plain = [{**asdict(leftover), "path": str(leftover.path)} for leftover in gone]
         print_json({"deleted": not dry_run, "bytes": total, "drafts": halves, "found": plain})
     else:
         done = "would be deleted" if dry_run else "deleted"
-        print(f"{len(found)} runs and logs {done}, {megabytes(total)}; {halves} half-written drafts {done}")
+        print(f"{len(gone)} runs and logs {done}, {megabytes(total)}; {halves} half-written drafts {done}")
+
+
+def _is_removed(leftover: Leftover) -> bool:
+    """False for a run that has begun anew since it was found, as one whose dead letter was sent again."""
+    try:
+        if leftover.path.is_dir():
+            return keeping.remove_ended(leftover.path)
+        storage.remove(leftover)
+    except OSError as error:
+        raise ConfigError(f"{leftover.path}: cannot be deleted ({error}).") from None
+    return True
 
 
 def _leftovers(settings: Settings, now: float, before: float) -> list[Leftover]:

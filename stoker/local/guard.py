@@ -52,6 +52,10 @@ class RotatingLog:
             os.close(file)
 
     def write(self, data: bytes) -> None:
+        if not self._in_line and not self._is_current(self._file):
+            # Deleted by hand, perhaps with its folder: nobody would ever read what went into it.
+            with suppress(OSError):
+                self._begin_another()
         while data:
             piece = data[: self._fits(data)]
             if not piece:
@@ -90,11 +94,14 @@ class RotatingLog:
             with self._alone():
                 if self._is_current(self._file):
                     self._put_aside()
-            fresh = self._open()
+            self._begin_another()
         except OSError:
             # A file that grows loses nothing.
             self._most *= 2
-            return
+
+    def _begin_another(self) -> None:
+        os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
+        fresh = self._open()
         os.close(self._file)
         self._file = fresh
 

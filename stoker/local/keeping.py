@@ -52,16 +52,21 @@ def over_limits(settings: Settings, now: float) -> list[Leftover]:
 
 
 def remove_over_limits(settings: Settings, now: float) -> list[Leftover]:
-    """Remove them; return those that went. One that another process removes, or begins anew, is left to it."""
-    gone = []
-    for leftover in over_limits(settings, now):
-        try:
-            if read_run(leftover.path).has_ended:
-                remove_folder(leftover.path)
-                gone.append(leftover)
-        except (InvalidRequest, FileNotFoundError):
-            continue
-    return gone
+    """Remove them; return those that went."""
+    return [leftover for leftover in over_limits(settings, now) if remove_ended(leftover.path)]
+
+
+def remove_ended(folder: Path) -> bool:
+    """Whether a run that was removable went. One that another process removes, pins or begins anew since is left to it.
+    Raises `OSError`."""
+    try:
+        run = read_run(folder)
+        if run.has_ended and not run.is_pinned:
+            remove_folder(folder)
+            return True
+    except (InvalidRequest, FileNotFoundError):
+        pass
+    return False
 
 
 def _adapter(run: StoredRun) -> tuple[str, str]:

@@ -223,14 +223,44 @@ def test_processes_that_share_a_log_lose_no_line_when_it_is_full(tmp_path: Path)
     assert found == set(range(4500))
 
 
-def test_a_log_that_another_process_has_put_aside_is_written_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_log_that_another_process_has_put_aside_is_written_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """`late`: while this one waits for its turn to do so."""
     first, second = (guard.RotatingLog(str(tmp_path / "log"), 10, 9) for _ in range(2))
-    for log, line in ((first, b"1 aaaaaa\n"), (first, b"2 aaa\n"), (second, b"3 a\n")):
-        log.write(line)
+    lock = fcntl.flock
+
+    def puts_aside(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.write(b"2 aaa\n")
+        lock(file, how)
+
+    first.write(b"1 aaaaaa\n")
+    if late:
+        monkeypatch.setattr(fcntl, "flock", puts_aside)
+    else:
+        first.write(b"2 aaa\n")
+    second.write(b"3 a\n")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "log": "2 aaa\n3 a\n",
         "log.1": "1 aaaaaa\n",
     }
+
+
+@pytest.mark.parametrize("deleted", ["the file", "its folder"])
+def test_a_log_that_is_deleted_by_hand_is_begun_anew_with_the_next_line(tmp_path: Path, deleted: str) -> None:
+    path = tmp_path / "logs" / "worker.log"
+    path.parent.mkdir()
+    log = guard.RotatingLog(str(path), 100, 2)
+    log.write(b"lost\nhalf of ")
+    path.unlink()
+    if deleted == "its folder":
+        path.parent.rmdir()
+    log.write(b"a line\n")
+    log.write(b"the next\n")
+    log.write(b"and more\n")
+    assert path.read_bytes() == b"the next\nand more\n"
 
 
 def test_a_log_that_is_deleted_as_it_is_opened_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +273,9 @@ def test_a_log_that_is_deleted_as_it_is_opened_is_begun_anew(tmp_path: Path, mon
         lock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    guard.RotatingLog(str(path), 100, 9).write(b"a line\n")
+    log = guard.RotatingLog(str(path), 100, 9)
+    assert path.exists()
+    log.write(b"a line\n")
     assert path.read_text() == "a line\n"
 
 

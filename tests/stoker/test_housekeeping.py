@@ -30,7 +30,7 @@ from stoker.files.durable import DRAFT, draft_folder
 from stoker.local import backup, storage
 from stoker.local.backup import KINDS
 from stoker.local.process import Process
-from stoker.settings import load_settings
+from stoker.settings import Settings, load_settings
 from tests.conftest import wait_until
 from tests.stoker.test_client_core import SMOL, fake, server
 
@@ -196,6 +196,25 @@ def test_clean_deletes_old_ended_runs_and_logs_and_nothing_else() -> None:
     assert found["deleted"] is True
     assert found["bytes"] == sum(entry["bytes"] for entry in found["found"]) > 0
     assert [path.exists() for path in (old, young, going, *logs)] == [False, True, True, False, True]
+
+
+def test_clean_leaves_a_run_that_goes_on_or_is_pinned_since_it_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its dead letter was sent again, and a worker has begun."""
+    again, pinned, old, _ = (make_run(name, age=40 * DAY) for name in ("again", "pinned", "old", "the newest"))
+    os.utime(load_settings().runs / "the newest" / "run.json")
+    remove_drafts = storage.remove_drafts
+
+    def begins(settings: Settings) -> int:
+        facts = json.loads((again / "run.json").read_text())
+        (again / "run.json").write_text(json.dumps({**facts, "status": "running"}))
+        (pinned / "pinned").touch()
+        return remove_drafts(settings)
+
+    monkeypatch.setattr(storage, "remove_drafts", begins)
+    said = invoke("clean")
+    assert [folder.exists() for folder in (again, pinned, old)] == [True, True, False]
+    assert "1 runs and logs deleted" in said
+    assert str(again) not in said
 
 
 def test_a_run_that_is_old_and_one_too_many_goes_once(monkeypatch: pytest.MonkeyPatch) -> None:

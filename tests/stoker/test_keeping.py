@@ -63,6 +63,7 @@ def test_what_is_open_pinned_or_the_newest_of_its_adapter_stays_with_any_limits(
     make_run("newest", age=300 * DAY)
     make_run("only-of-another", "other", age=400 * DAY)
     make_run("goes", age=399 * DAY)
+    assert [found.path.name for found in over_limits(limited(runs=1, days=1, megabytes=1), NOW)] == ["goes"]
     assert removed(limited(runs=1, days=1, megabytes=1)) == {"goes"}
     invoke("runs", "pin", "pinned", "--off")
     assert removed(limited(runs=1, days=1, megabytes=1)) == {"pinned"}
