@@ -300,6 +300,14 @@ def test_a_job_that_an_owner_crashed_with_before_counts_as_resumed_where_it_is_p
     assert (claimed.resumed, claimed.attempt) == (True, 2)
 
 
+def test_the_next_owner_of_a_job_that_was_passed_on_knows_that_another_had_it(redis: Any) -> None:
+    submit(redis)
+    assert not claim(redis, "one").passed
+    assert ledger.pass_on(redis, "job", QUEUE, "one", "other") == "passed"
+    redis.delete(keys.placed(QUEUE, "other"))
+    assert claim(redis, "two").passed
+
+
 def test_a_job_that_a_broker_took_whose_clock_was_ahead_has_not_waited_less_than_nothing(redis: Any) -> None:
     submit(redis)
     grow_old(redis, "job", -3600)

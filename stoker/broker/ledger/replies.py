@@ -34,7 +34,8 @@ class Claim:
     """`state`: `run`, `ended`, `duplicate`, `unknown`, `spoiled` or `dead`. `age`: seconds since submission.
     `resumed`: it had an owner before. `request`: what was asked, JSON. `cancelled`: a client asked for its end
     before. `client`: the key of the client that sent it. `attempt`: how many owners it has had, this one included.
-    `traceparent`, `tracestate`: the trace that it belongs to, as its client wrote them; "" for none."""
+    `traceparent`, `tracestate`: the trace that it belongs to, as its client wrote them; "" for none. `passed`: an owner
+    has passed it on, as if it had not been."""
 
     state: str
     age: float
@@ -45,6 +46,7 @@ class Claim:
     attempt: int = 1
     traceparent: str = ""
     tracestate: str = ""
+    passed: bool = False
 
     @classmethod
     def parse(cls, reply: list[bytes]) -> Claim:
@@ -55,8 +57,8 @@ class Claim:
         claim = (state.decode(), max(0.0, float(age)), resumed == b"1", asked)
         if not more:
             return cls(*claim)
-        cancelled, client, attempt, traceparent, tracestate = (text.decode(errors="replace") for text in more)
-        return cls(*claim, cancelled == "1", client, int(attempt), traceparent, tracestate)
+        cancelled, client, attempt, traceparent, tracestate, passed = (text.decode(errors="replace") for text in more)
+        return cls(*claim, cancelled == "1", client, int(attempt), traceparent, tracestate, passed == "1")
 
 
 class Passing(StrEnum):
