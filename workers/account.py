@@ -67,7 +67,8 @@ class _Timed:
 class JobAccount:
     """One delivery of a job, and nothing of what was asked for or made.
 
-    `client`, `attempt`, `wait` (seconds from submission to the claim) and the trace are known once the job is claimed;
+    `client`, `attempt`, `wait` (seconds from submission to the claim), `passed` (another worker had it first, and
+    passed it on) and the trace are known once the job is claimed;
     `prompt_tokens` and `tokens` (generated; of other kinds, through the model) once it has succeeded. `error`: the
     class of what it ended with. `began`, `ended`: of the delivery, by `time.monotonic`.
     """
@@ -78,6 +79,7 @@ class JobAccount:
     client: str = ""
     attempt: int = 1
     wait: float = 0.0
+    passed: bool = False
     traceparent: str = ""
     tracestate: str = ""
     began: float = field(default_factory=time.monotonic)
@@ -97,7 +99,7 @@ class JobAccount:
         return _Timed(self.phases, name)
 
     def claimed(self, claim: Claim) -> None:
-        self.wait, self.attempt = claim.age, claim.attempt
+        self.wait, self.attempt, self.passed = claim.age, claim.attempt, claim.passed
         # What no client of ours wrote there is shown to nobody.
         self.client = claim.client if follows(Rule.NAME, claim.client) else "?"
         self.traceparent, self.tracestate = claim.traceparent, claim.tracestate

@@ -26,7 +26,12 @@ VERSION = "version:"
 #: What `change` can do.
 Verb = Literal["promote", "rollback", "deactivate", "unload"]
 
-_SERVE = """
+#: Versions that served before, the newest of which are remembered: each worker reads them with each of its jobs.
+MOST_HISTORY = 1000
+
+_SERVE = (
+    f"local MOST_HISTORY = {MOST_HISTORY}"
+    """
 -- The versions that served before. What another program wrote there is left out.
 local function history_of(key)
   local readable, found = pcall(cjson.decode, redis.call('HGET', key, 'history') or '[]')
@@ -43,11 +48,13 @@ local function serve(key, version)
   if serving ~= '' then
     local history = history_of(key)
     table.insert(history, serving)
+    while #history > MOST_HISTORY do table.remove(history, 1) end
     redis.call('HSET', key, 'history', cjson.encode(history))
   end
   redis.call('HSET', key, 'serving', version)
 end
 """
+)
 
 #: Whether the job whose record is `key` is that of the owner `token`, and has not ended; true if no
 #: owner is named.

@@ -20,7 +20,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from stoker.client.following import Heard
+from stoker.client.following import Behind, Heard
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BACKLOG = 512
 
 
-class FellBehind(RedisConnectionError):
+class FellBehind(RedisConnectionError, Behind):
     """A reader took its messages more slowly than they came. For it, that is a lost connection."""
 
 

@@ -50,6 +50,11 @@ class Heard(TypedDict):
     data: bytes
 
 
+class Behind:
+    """What a reader meets that takes its messages more slowly than they come. The broker is there: it costs no
+    patience."""
+
+
 def checked_timeout(seconds: float | None) -> float | None:
     """`seconds`; None: no limit. Raises `InvalidRequest` for what is no time."""
     if seconds is not None and not (isinstance(seconds, int | float) and abs(seconds) <= sys.float_info.max):
@@ -186,7 +191,7 @@ class Follower(Generic[E]):
     def pause(self, error: Exception) -> float:
         """Seconds to wait before the next try; raises `BrokerUnavailable` when the patience is at its end."""
         self._begin_limit()
-        return self._limit.slice(self._patience.spend(error))
+        return self._limit.slice(0.0 if isinstance(error, Behind) else self._patience.spend(error))
 
     def _begin_limit(self) -> None:
         """From here, and not from the moment when something came: the caller may have taken long over it."""

@@ -144,6 +144,8 @@ class Presence(Notice):
     model_limit: int = 0
     #: Processes that train together as this worker; this one is the first.
     ranks: int = Field(default=1, ge=1)
+    #: Whether it was asked to stop: it holds its models, and takes no more jobs.
+    stopping: bool = False
 
     @property
     def place(self) -> str:

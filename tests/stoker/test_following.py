@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import connection, keys
+from stoker.client.channels import FellBehind
 from stoker.client.following import PAGE, QUIET, REMEMBERED, UNOWNED, Ended, Follower, Heard, TimeLimit
 from stoker.contract import StreamToken, TrainReport
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, JobTimeout
@@ -288,6 +289,10 @@ def test_a_reader_outlasts_an_outage_up_to_the_patience_or_its_own_limit() -> No
         Follower[StreamToken](Settings(patience=0), "j").pause(gone)
     with pytest.raises(JobTimeout):
         follower(timeout=0.0).pause(gone)
+
+
+def test_a_slow_reader_goes_on_also_without_any_patience_for_the_broker() -> None:
+    assert Follower[StreamToken](Settings(patience=0), "j").pause(FellBehind("512 messages wait already")) == 0
 
 
 def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() -> None:

@@ -307,6 +307,14 @@ def test_every_owner_of_a_job_hears_when_it_was_submitted(redis: Any) -> None:
     assert claim(redis, "two").submitted == first.submitted
 
 
+def test_the_next_owner_of_a_job_that_was_passed_on_knows_that_another_had_it(redis: Any) -> None:
+    submit(redis)
+    assert not claim(redis, "one").passed
+    assert ledger.pass_on(redis, "job", QUEUE, "one", "other") == "passed"
+    redis.delete(keys.placed(QUEUE, "other"))
+    assert claim(redis, "two").passed
+
+
 def test_a_job_that_a_broker_took_whose_clock_was_ahead_has_not_waited_less_than_nothing(redis: Any) -> None:
     submit(redis)
     grow_old(redis, "job", -3600)

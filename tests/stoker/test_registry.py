@@ -12,7 +12,7 @@ import redis
 from stoker.broker import keys, ledger, registry
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
-from stoker.broker.registry import AdapterEntry
+from stoker.broker.registry import MOST_HISTORY, AdapterEntry
 from stoker.contract import bundle
 from stoker.errors import InvalidRequest, UnknownAdapter
 from stoker.settings import Settings
@@ -80,6 +80,17 @@ def test_promote_and_rollback_go_forth_and_back(broker_client: Any) -> None:
     assert change(broker_client, "rollback") is None
     assert change(broker_client, "promote", 7) is None
     assert entry(broker_client).serving == 1
+
+
+def test_of_the_versions_that_served_the_last_thousand_are_remembered(broker_client: Any) -> None:
+    add(broker_client, 1)
+    add(broker_client, 2)
+    longest = json.dumps(["1", "2"] * (MOST_HISTORY // 2))
+    broker_client.hset(keys.adapter("m", "style"), "history", longest)
+    assert change(broker_client, "promote", 1) == "1"
+    found = entry(broker_client).history
+    assert (len(found), found[0], found[-2:]) == (MOST_HISTORY, 2, (2, 2))
+    assert change(broker_client, "rollback") == "2"
 
 
 def test_what_was_unloaded_is_skipped_and_never_comes_back(broker_client: Any) -> None:

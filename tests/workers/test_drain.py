@@ -59,6 +59,7 @@ def test_training_goes_back_at_once_and_the_rest_has_the_grace(monkeypatch: pyte
     assert worker.handed_back == [{"train"}]
     assert started == [worker]
     assert worker.hurried == 1, "no job that has the grace rests for others"
+    assert running.stopping
     assert lanes.load() == {"generate": (1, 1)}, "no prompt is passed on to it"
     assert worker.deliveries.go_back, "what was prefetched goes back as its channel closes"
 

@@ -50,9 +50,9 @@ def worker(redis: Any, name: str = "w@here", lease: int = 3) -> Janitor:
     return Janitor(runtime)
 
 
-def card(model: str, *kinds: str, contract: int = CONTRACT) -> str:
+def card(model: str, *kinds: str, contract: int = CONTRACT, seen: float = 0.0) -> str:
     return ModelCard(
-        model=model, architecture="a", kinds=kinds, context=1, parameters=1, contract=contract
+        model=model, architecture="a", kinds=kinds, context=1, parameters=1, contract=contract, seen=seen
     ).model_dump_json()
 
 
@@ -157,6 +157,17 @@ def test_a_turn_that_never_expires_is_nobodys(redis: Any, looks: Ledger, key: st
     worker(redis).round()
     assert looks.asked == [keys.queue("m", "embed")]
     assert redis.ttl(key) != -1
+
+
+def test_a_model_that_nobody_has_served_for_its_time_is_looked_at_no_more_and_forgotten(
+    redis: Any, looks: Ledger
+) -> None:
+    oldest = redis.time()[0] - keys.MODEL_TTL
+    cards = {"old": card("old", "embed", seen=oldest - 1), "other": card("other", "embed", contract=0, seen=oldest - 1)}
+    say(redis, {**cards, "m": card("m", "embed", seen=oldest + 60)})
+    worker(redis).round()
+    assert redis.hkeys(keys.MODELS) == [b"m"]
+    assert looks.asked == [keys.queue("m", "embed")]
 
 
 def test_a_lost_message_waits_again(redis: Any) -> None:

@@ -76,6 +76,15 @@ def test_a_job_that_goes_on_here_is_an_attempt_and_has_not_waited_again(counted:
     assert counted.found.value("stoker_queue_wait_seconds_count") == 0
 
 
+def test_a_job_that_was_passed_on_has_waited_once(counted: Counted) -> None:
+    counted.jobs.begun(account())
+    counted.jobs.ended(account(outcome=DeliveryEnd.PASSED_ON))
+    counted.jobs.begun(account(wait=2.25, passed=True))
+    assert counted.found.value("stoker_queue_wait_seconds_count") == 1
+    assert counted.found.value("stoker_queue_wait_seconds_sum") == 2.0
+    assert counted.found.value("stoker_job_resumes_total") == 0
+
+
 @pytest.mark.parametrize("outcome", DeliveryEnd)
 def test_each_end_of_a_job_is_counted_once_and_a_delivery_that_ends_none_is_not(
     counted: Counted, outcome: DeliveryEnd

@@ -114,6 +114,7 @@ class Worker:
         self.deliveries = Deliveries(Health(1), self.clock)
         runtime: Any = SimpleNamespace(
             redis=redis, name=name, engine=self.engine, started=0.0, stopped=threading.Event(),
+            stopping=False,
             settings=settings.model_copy(update=options), job_meter=SimpleNamespace(expect=lambda cards: None),
         )  # fmt: skip
         self.runtime = runtime
@@ -727,6 +728,28 @@ def test_the_lock_of_a_model_that_is_loaded_goes_with_the_loading_and_expires(
     lazy.demand.round()
     assert 0 < left[0] <= keys.PRESENCE_TTL
     assert not lazy.redis.exists(keys.loading("lazy"))
+
+
+def test_a_model_that_only_a_worker_holds_which_stops_is_loaded_elsewhere(
+    make: Callable[..., Worker], lazy: Worker
+) -> None:
+    other = make(name="other@here/1")
+    other.engine.load("lazy", ())
+    other.heart.beat()
+    lazy.let_wait("lazy")
+    lazy.demand.round()
+    assert "lazy" not in lazy.warm, "the other one holds it"
+    other.runtime.stopping = True
+    other.heart.beat()
+    lazy.demand.round()
+    assert "lazy" in lazy.warm
+
+
+def test_a_worker_that_stops_loads_nothing_for_a_job_that_waits(lazy: Worker) -> None:
+    lazy.runtime.stopping = True
+    lazy.let_wait("lazy")
+    lazy.demand.round()
+    assert "lazy" not in lazy.warm
 
 
 def test_a_model_that_cannot_be_loaded_is_offered_no_more_and_the_others_hear_it_at_once(

@@ -60,7 +60,9 @@ def others() -> Others:
 
 def heart(redis: Any, others: Any, janitor: Any = None) -> Heart:
     engine = SimpleNamespace(device="cpu", cards=[CARD], adapters={}, memory_bytes=1, ranks=2)
-    runtime: Any = SimpleNamespace(redis=redis, name="w@here", engine=engine, started=1.0, stopped=threading.Event())
+    runtime: Any = SimpleNamespace(
+        redis=redis, name="w@here", engine=engine, started=1.0, stopped=threading.Event(), stopping=False
+    )
     return Heart(runtime, others, janitor or others)
 
 

@@ -32,6 +32,8 @@ class Demand:
         self._again: dict[str, float] = {}
 
     def round(self) -> None:
+        if self._runtime.stopping:
+            return
         self._look_at_offers()
         self._leave_idle()
         for model in list(self._keeper.offers):
@@ -63,10 +65,10 @@ class Demand:
         self._again[model] = self._keeper.residents.clock() + seconds
 
     def _is_mine(self, model: str) -> bool:
-        """Whether a job waits, nobody holds or loads the model, and of the workers that may, this one does."""
+        """Whether a job waits, nobody who takes jobs holds or loads the model, and of those that may, this one does."""
         if not self._keeper.waiting(model):
             return False
-        holders = [worker.model_copy(update={"offers": ()}) for worker in others(self._runtime)]
+        holders = [worker.model_copy(update={"offers": ()}) for worker in others(self._runtime) if not worker.stopping]
         if has_home(model, holders):
             return False
         redis, name = self._runtime.redis, self._runtime.name

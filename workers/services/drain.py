@@ -31,7 +31,8 @@ LOOK_EVERY, MISSES = 1.0, 2
 
 def begin(runtime: Runtime, deliveries: Deliveries, lanes: Lanes) -> None:
     """Called when the worker was asked to stop (SIGTERM, SIGINT)."""
-    # No other worker passes a prompt on to this one.
+    # No other worker waits for this one, and none passes a prompt on to it.
+    runtime.stopping = True
     lanes.close()
     # What was prefetched goes back to its queue at once.
     deliveries.go_back = True

@@ -72,7 +72,8 @@ class Janitor:
                 self._runtime.redis.delete(key)
 
     def _cards(self) -> list[ModelCard]:
-        found = []
+        found, gone = [], []
+        oldest = clock.now(self._runtime.redis) - keys.MODEL_TTL
         for name, raw in self._runtime.redis.hgetall(keys.MODELS).items():
             try:
                 card = ModelCard.model_validate_json(raw)
@@ -80,8 +81,13 @@ class Janitor:
                 # Another release may write its cards in another form; its own workers look after its queues.
                 log.warning("the field %r of %s is no card of a model: it is left out", name, keys.MODELS)
                 continue
-            if card.contract == CONTRACT:
+            if 0 < card.seen < oldest:
+                gone.append(name)
+            elif card.contract == CONTRACT:
                 found.append(card)
+        if gone:
+            # The hash lives as long as any model is served, and each round looks at the queues of all that are in it.
+            self._runtime.redis.hdel(keys.MODELS, *gone)
         return found
 
     def _forget(self, some: Callable[[Any], int], what: str) -> int:

@@ -52,7 +52,7 @@ class JobMeter:
             self._numbers.of(metrics.ATTEMPTS, *labels).add()
             if account.attempt > 1:
                 self._numbers.of(metrics.RESUMED, *labels).add()
-            else:
+            elif not account.passed:
                 self._numbers.of(metrics.QUEUE_WAIT, *labels).observe(account.wait)
 
     def ended(self, account: JobAccount) -> None:

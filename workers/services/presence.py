@@ -88,4 +88,5 @@ class Heart:
             prefixes=self.prefixes(),
             model_limit=residency.limit,
             ranks=engine.ranks,
+            stopping=self._runtime.stopping,
         )

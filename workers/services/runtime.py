@@ -62,6 +62,8 @@ class Runtime:
         self.engine.observe = EngineMeter(self.numbers, self.job_meter.submitted).step
         #: By `time.monotonic`.
         self.started = time.monotonic()
+        #: Whether the worker was asked to stop: it takes no more jobs.
+        self.stopping = False
         self.stopped = threading.Event()
         #: Owner's token → its ticket: two deliveries of one job may be here for a moment.
         self._running: dict[str, Ticket[Any]] = {}

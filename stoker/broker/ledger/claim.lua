@@ -3,7 +3,7 @@ begin(KEYS, ARGV)
 local token, tag, worker, too_many = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
 refill()
 local record = look(id, 'tag', 'worker', 'history', 'began', 'request', 'trouble', 'client', 'attempts', 'traceparent',
-  'tracestate')
+  'tracestate', 'passed')
 if ended(record) then
   strike_out(record)
   return {'ended', '0', '0', ''}
@@ -14,7 +14,8 @@ if not ranked(record) then
   strike_out(record)
   return {'spoiled', '0', '0', ''}
 end
-local former_tag, former, crashes, began, request, trouble, client, attempts, trace, trace_state = unpack(record.more, 1, 10)
+local former_tag, former, crashes, began, request, trouble, client, attempts, trace, trace_state, passed
+  = unpack(record.more, 1, 11)
 -- Sent again, because the answer was lost: it is the same owner, which has not crashed.
 local again = record.owned == token
 local attempt = string.format('%.0f', again and count_of(attempts) or count_of(attempts) + 1)
@@ -32,5 +33,5 @@ redis.call('EXPIRE', job, pending_ttl)
 return {
   verdict, string.format('%.6f', now - record.submitted), began and began ~= token and '1' or '0', request or '',
   tostring(redis.call('EXISTS', mark)), client or '', attempt, trace or '', trace_state or '',
-  string.format('%.6f', record.submitted),
+  string.format('%.6f', record.submitted), passed and '1' or '0',
 }

@@ -36,7 +36,8 @@ class Claim:
     `resumed`: it had an owner before. `request`: what was asked, JSON. `cancelled`: a client asked for its end
     before. `client`: the key of the client that sent it. `attempt`: how many owners it has had, this one included.
     `traceparent`, `tracestate`: the trace that it belongs to, as its client wrote them; "" for none. `submitted`: when
-    it was, by the broker's clock, in seconds since the epoch; None for one that does not run."""
+    it was, by the broker's clock, in seconds since the epoch; None for one that does not run. `passed`: an owner has
+    passed it on, as if it had not been."""
 
     state: str
     age: float
@@ -48,6 +49,7 @@ class Claim:
     traceparent: str = ""
     tracestate: str = ""
     submitted: float | None = None
+    passed: bool = False
 
     @classmethod
     def parse(cls, reply: list[bytes]) -> Claim:
@@ -59,8 +61,9 @@ class Claim:
         if not more:
             return cls(*claim)
         texts = [text.decode(errors="replace") for text in more]
-        cancelled, client, attempt, traceparent, tracestate, submitted = texts
-        return cls(*claim, cancelled == "1", client, int(attempt), traceparent, tracestate, float(submitted))
+        cancelled, client, attempt, traceparent, tracestate, submitted, passed = texts
+        trace = (traceparent, tracestate)
+        return cls(*claim, cancelled == "1", client, int(attempt), *trace, float(submitted), passed == "1")
 
 
 class _Word(StrEnum):
