@@ -129,8 +129,9 @@ class Conversation:
         """Show an answer as it is made. Ctrl-C ends it (and cancels the job); what was said until then counts."""
         said, seed, self.seed = "", self.seed, None
         options: GenerateOptions = {**self._options, "adapter": self.adapter}
-        job = self._client.generate(messages, model=self._model, seed=seed, **options)
         try:
+            # To send it takes long where the queue is full, or the broker away.
+            job = self._client.generate(messages, model=self._model, seed=seed, **options)
             for token in job.stream():
                 said += token.text
                 print(for_output(token.text), end="", flush=True)

@@ -22,7 +22,7 @@ __all__ = ["asked"]
 class Refusing(FakeClient):
     """Answers one question with the error `refuses`."""
 
-    refuses: Exception | None = None
+    refuses: BaseException | None = None
     #: What was asked, in order.
     prompts: list[list[tuple[str, str]]]
     seeds: list[int | None]
@@ -118,6 +118,24 @@ def test_what_was_said_until_ctrl_c_is_part_of_the_conversation(
         talk.take("Hello")
     talk.take("Go on")
     assert client.prompts[-1] == [("user", "Hello"), ("assistant", "one"), ("user", "Go on")]
+
+
+def test_ctrl_c_stops_a_message_that_is_on_its_way_and_not_the_conversation(
+    client: Refusing, talk: chat.Conversation
+) -> None:
+    """A full queue, or a broker that is away, keeps it there for long."""
+    talk.take("Hello")
+    client.refuses = KeyboardInterrupt()
+    try:
+        talk.take("what is not sent")
+    except KeyboardInterrupt:
+        pytest.fail("the conversation has ended")
+    talk.take("Bye")
+    assert client.prompts[-1][:2] == [("user", "Hello"), ANSWER]
+    assert client.prompts[-1][-1] == ("user", "Bye")
+    client.refuses = AskedToEnd()
+    with pytest.raises(AskedToEnd):
+        talk.take("what ends the program")
 
 
 def test_another_try_takes_the_last_answer_back_and_has_a_new_seed(

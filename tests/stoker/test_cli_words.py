@@ -216,7 +216,7 @@ def test_json_that_a_command_reads_has_bounds(monkeypatch: pytest.MonkeyPatch, t
 def test_a_disk_that_refuses_a_backup_is_one_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str, what: str
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(backup, verb, refuse)
