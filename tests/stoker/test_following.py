@@ -155,9 +155,9 @@ def test_a_reader_of_the_result_alone_hears_no_entries() -> None:
     assert follower().channels == [keys.result("j"), keys.channel("j")]
 
 
-#: Kind, queue, owner and ability, as the broker answers `summary`.
-OWNED = (b"generate", b"stoker.m.generate", b"token", None)
-GONE = (None, None, None, None)
+#: Kind, queue, owner, ability, client and what was asked, as the broker answers `summary`.
+OWNED = (b"generate", b"stoker.m.generate", b"token", None, None, None)
+GONE = (None,) * 6
 DONE = json.dumps({"status": "SUCCESS", "result": {"text": "x"}}).encode()
 
 
@@ -298,7 +298,7 @@ def test_a_slow_reader_goes_on_also_without_any_patience_for_the_broker() -> Non
 def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() -> None:
     clock = Clock()
     waiting = follower(clock=clock)
-    waiting.looked([None, [b"generate", b"q", None, None], []])
+    waiting.looked([None, [b"generate", b"q", *[None] * 4], []])
     clock.now += UNOWNED - 0.1
     assert not waiting.waits_long()
     clock.now += 0.2
@@ -309,8 +309,8 @@ def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() ->
 def test_a_job_that_has_or_had_an_owner_or_made_tokens_is_not_asked_about() -> None:
     clock = Clock()
     owned, made = follower(clock=clock), follower(clock=clock)
-    owned.looked([None, [b"generate", b"q", b"token", None], []])
-    made.looked([None, [b"generate", b"q", None, None], [(b"1-0", {b"entry": payload(0)})]])
+    owned.looked([None, [b"generate", b"q", b"token", *[None] * 3], []])
+    made.looked([None, [b"generate", b"q", *[None] * 4], [(b"1-0", {b"entry": payload(0)})]])
     clock.now += 10 * UNOWNED
     assert not owned.waits_long()
     assert not made.waits_long()
