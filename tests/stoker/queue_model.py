@@ -362,9 +362,21 @@ class Queue:
                 del self.dispatched[job]
                 self.wait_again(job)
                 found.append(job)
-        self.open = {job: since for job, since in self.open.items() if since > self.now - keys.PENDING_TTL}
+            elif job not in standing:
+                self.keep_running(job, record)
+        oldest = self.now - keys.PENDING_TTL
+        self.open = {job: since for job, since in self.open.items() if since > oldest or self.waiting(job)}
         self.refill()
         return found
+
+    def keep_running(self, job: str, record: Record) -> None:
+        """A run may take longer than a job may wait: what it needs lives on."""
+        if record.submitted > self.now - keys.PENDING_TTL / 2:
+            return
+        for key in (keys.job(job), keys.open_jobs(self.name), keys.dispatched(self.name)):
+            self.keep(key, keys.PENDING_TTL)
+        if keys.blob(f"dataset:{job}") in self.until:
+            self.keep(keys.blob(f"dataset:{job}"), keys.PENDING_TTL)
 
     def look_at_open_jobs(self) -> None:
         """What was forgotten waits no more. What is in no order, of the oldest hundred, counts as dispatched now."""
