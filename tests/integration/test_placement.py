@@ -54,6 +54,8 @@ def test_a_conversation_goes_on_where_its_beginning_is_and_elsewhere_where_that_
         wait_until(lambda: passed_on(client) > 0, "the other one was asked first, now and then")
         pid = next(presence.pid for presence in client.workers() if presence.worker == home)
         os.kill(pid, signal.SIGSTOP)
+        # While its presence lasts the other one counts on it, on a slow machine too.
+        client.redis.expire(keys.worker(home), 60)
         try:
             # One may come to the frozen worker, which was asking as it froze: its lease brings it back. The other one
             # is recalled.
