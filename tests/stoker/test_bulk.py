@@ -241,15 +241,19 @@ def test_a_queue_that_is_full_of_what_the_call_itself_has_made_is_emptied_by_it(
                 raise QueueFull("vectors that wait to be fetched", depth=2, limit=2, wait=5.0)
             return super().embed(texts, model=model, **options)
 
+    _refuse_to_wait(monkeypatch)
+    client = NarrowClient()
+    found = np.concatenate(run(client, TEXTS, Plan(10, 4, 1)))
+    assert found.tolist() == [vector(text) for text in TEXTS]
+    assert (client.most_open, client.discarded, client.cancelled) == (2, 10, 0)
+
+
+def _refuse_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(seconds: float) -> None:
         raise AssertionError("it waits for room")
 
     monkeypatch.setattr(bulk_async, "sleep", refused)
     monkeypatch.setattr(bulk_sync, "sleep", refused)
-    client = NarrowClient()
-    found = np.concatenate(run(client, TEXTS, Plan(10, 4, 1)))
-    assert found.tolist() == [vector(text) for text in TEXTS]
-    assert (client.most_open, client.discarded, client.cancelled) == (2, 10, 0)
 
 
 def test_a_part_that_failed_and_finds_the_queue_full_of_what_later_ones_have_made_is_sent_again(
@@ -261,11 +265,7 @@ def test_a_part_that_failed_and_finds_the_queue_full_of_what_later_ones_have_mad
                 raise QueueFull("vectors that wait to be fetched", depth=2, limit=2, wait=5.0)
             return super().embed(texts, model=model, **options)
 
-    def refused(seconds: float) -> None:
-        raise AssertionError("it waits for room")
-
-    monkeypatch.setattr(bulk_async, "sleep", refused)
-    monkeypatch.setattr(bulk_sync, "sleep", refused)
+    _refuse_to_wait(monkeypatch)
     client = NarrowClient(failures=[JobFailed("no"), JobFailed("no"), None])
     found = np.concatenate(run(client, TEXTS, Plan(10, 3, 2)))
     assert found.tolist() == [vector(text) for text in TEXTS]
