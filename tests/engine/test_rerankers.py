@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -239,7 +240,7 @@ def copied(tmp_path: Path, name: str, files: Changes, called: str = "model") -> 
     ("name", "files", "cause"),
     [("bge-reranker", {"config": {"id2label": {"0": "a", "1": "b"}}}, "2 labels"),
      ("bge-reranker", {"config": {"id2label": None}}, "2 labels"),
-     ("bge-reranker", {"config": {"model_type": "camembert"}}, "cross-encoder of model_type 'camembert'"),
+     ("bge-reranker", {"config": {"model_type": "nomic_bert"}}, "cross-encoder of model_type 'nomic_bert'"),
      ("bge-reranker", {"config": {"auto_map": {"AutoModel": "own.Own"}}}, "auto_map"),
      ("ms-marco", {"config": {"type_vocab_size": 1}}, "shape"),
      ("ms-marco", {"config": {"sentence_transformers": {"activation_fn": "torch.nn.Tanh"}}}, "activation_fn 'torch.nn"),
@@ -335,3 +336,25 @@ def test_an_embedding_folder_is_no_reranker() -> None:
     for path in (GOLDENS / "vectors").iterdir():
         assert RerankFiles.of(path, json.loads((path / "config.json").read_text())) is None
         assert not inspect(path).reranks
+
+
+def test_a_qwen2_with_one_label_scores_by_its_last_token(tmp_path: Path) -> None:
+    """The oracle is the decoder, which generates without the head."""
+    source = GOLDENS / "architectures" / "qwen2-tied"
+    generating = load("it", [str(source)])
+    shutil.copytree(source, tmp_path / "model")
+    path = tmp_path / "model"
+    config = json.loads((path / "config.json").read_text())
+    config |= {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "score"}}
+    (path / "config.json").write_text(json.dumps(config))
+    score = mx.random.normal((1, generating.llama.args.dim), key=mx.random.key(4))
+    safetensors.write(path / "model.safetensors", {**safetensors.read_folder(source), "score.weight": score})
+    model = load("it", [str(path)])
+    assert inspect(path).reranks
+    assert verify(path).inspection.reranks
+    assert model.pairing is not None
+    query, texts = "heat", ["the heat", "a b"]
+    for text, found in zip(texts, scored(model, query, texts), strict=True):
+        (tokens,) = model.pairing.encode(query, [text], None)
+        last = np.array(generating.decoder(mx.array([tokens])))[0, -1]
+        assert abs(found - float(last @ np.array(score)[0])) < 1e-4
