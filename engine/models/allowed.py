@@ -274,6 +274,7 @@ TABLES: Mapping[str, Table] = {
         {
             **_ENCODER,
             **_names("classifier_dropout_prob down_scale_factor gap_size net_structure_type num_memory_blocks"),
+            "layers_to_keep": ([],),
             "hidden_act": ("gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh"),
             "position_embedding_type": ("absolute",),
         },

@@ -103,13 +103,26 @@ def _normed(config: Mapping[str, Any]) -> bool:
     return bool(stated == "layer_norm")
 
 
-class DisentangledAttention(Attention):
-    """`table`: the embeddings of distances (2 · span, dim). `rows`: which of them the distance query − key has, at
-    context − 1 + that distance."""
+class Places:
+    """Which of the embeddings of distances each query has with each key."""
 
-    def __init__(self, args: DebertaArgs, layer: str, table: mx.array, rows: mx.array, tensors: Tensors):
+    def __init__(self, args: DebertaArgs):
+        #: That of the distance query − key, at context − 1 + that distance.
+        self._rows, self._context = _rows(args), args.context
+
+    def within(self, length: int) -> tuple[slice, mx.array]:
+        """Those that a text of so many tokens needs, and which of these it is for query and key, (length, length)."""
+        near = self._rows[self._context - length : self._context + length - 1]
+        places, first = mx.arange(length), int(near[0])
+        return slice(first, int(near[-1]) + 1), mx.array(near - first)[places[:, None] - places[None, :] + length - 1]
+
+
+class DisentangledAttention(Attention):
+    """`table`: the embeddings of distances (2 · span, dim)."""
+
+    def __init__(self, args: DebertaArgs, layer: str, table: mx.array, places: Places, tensors: Tensors):
         super().__init__(args, layer, _NAMES, tensors)
-        self._rows, self._context = rows, args.context
+        self._places = places
         self._scale = (self.head_dim * (1 + len(args.terms))) ** -0.5
 
         def sides(term: str, name: str, index: int) -> mx.array | None:
@@ -127,18 +140,17 @@ class DisentangledAttention(Attention):
         self._keys, self._queries = sides("c2p", "pos_key_proj", 1), sides("p2c", "pos_query_proj", 0)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, addend: mx.array | None) -> mx.array:
-        places = mx.arange(queries.shape[2])
-        rows = self._rows[places[:, None] - places[None, :] + self._context - 1]
+        used, rows = self._places.within(queries.shape[2])
         terms = [] if addend is None else [addend]
         if self._keys is not None:
-            terms.append(self._scale * _looked_up(queries @ self._keys, rows))
+            terms.append(self._scale * _looked_up(queries @ self._keys[..., used], rows))
         if self._queries is not None:
-            terms.append(self._scale * _looked_up(keys @ self._queries, rows.T).swapaxes(-1, -2))
+            terms.append(self._scale * _looked_up(keys @ self._queries[..., used], rows.T).swapaxes(-1, -2))
         return attention(queries, keys, values, scale=self._scale, mask=reduce(mx.add, terms))
 
 
 def _looked_up(products: mx.array, rows: mx.array) -> mx.array:
-    """Of the products (texts, heads, tokens, 2 · span) with every distance those with `rows` (tokens, others)."""
+    """Of the products (texts, heads, tokens, distances) those with `rows` (tokens, others)."""
     return mx.take_along_axis(products, mx.broadcast_to(rows, (*products.shape[:2], *rows.shape)), axis=-1)
 
 
@@ -157,10 +169,10 @@ class Deberta(Bert):
         table = tensors.take("encoder.rel_embeddings.weight", (2 * args.span, args.dim))
         if args.normed:
             table = LayerNorm.take(tensors, "encoder.LayerNorm", args.dim, args.norm_eps)(table)
-        rows = mx.array(_rows(args))
+        places = Places(args)
         names = [f"encoder.layer.{index}" for index in range(args.layers)]
         return [
-            Block(args, name, _NAMES, tensors, DisentangledAttention(args, name, table, rows, tensors))
+            Block(args, name, _NAMES, tensors, DisentangledAttention(args, name, table, places, tensors))
             for name in names
         ]
 

@@ -13,6 +13,7 @@ import pytest
 
 from engine.checkpoints.inspecting import inspect
 from engine.checkpoints.loading import LoadedModel, load
+from engine.checkpoints.prospect import prospect
 from engine.checkpoints.verifying import verify
 from engine.embedding.forward import PackedForward, PaddedForward
 from engine.models import fastmath
@@ -46,7 +47,7 @@ DISTILBERT = {
 ELECTRA = {**BERT, "model_type": "electra", "embedding_size": 16, "type_vocab_size": 2, "summary_type": "first"}
 ALBERT = {
     **BERT, "model_type": "albert", "embedding_size": 16, "type_vocab_size": 2, "num_hidden_layers": 4,
-    "num_hidden_groups": 2, "inner_group_num": 2, "hidden_act": "gelu_new", "num_memory_blocks": 0,
+    "num_hidden_groups": 2, "inner_group_num": 2, "hidden_act": "gelu_new", "gap_size": 0, "layers_to_keep": [],
 }  # fmt: skip
 CAMEMBERT = {**BERT, "model_type": "camembert", "type_vocab_size": 1, "pad_token_id": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -208,6 +209,7 @@ def test_the_buckets_of_distances_are_t5s(count: int, farthest: int) -> None:
      ("electra", {"embedding_size": 8}, r"has shape \(260, 16\), not \(260, 8\)"),
      ("electra", {"type_vocab_size": 3}, "token_type_embeddings"),
      ("albert", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+     ("albert", {"layers_to_keep": [0, 1]}, "layers_to_keep = "),
      ("albert", {"num_hidden_groups": 5}, "num_hidden_groups is 5, and num_hidden_layers 4"),
      ("albert", {"inner_group_num": 1}, "tensors that this architecture does not have"),
      ("albert", {"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
@@ -366,7 +368,7 @@ def test_vectors_of_several_ways_of_pooling_stand_one_behind_the_other(
     path = folder(tmp_path, DISTILBERT, weights)
     modules(path, ("Pooling", pooling))
     model = load("it", [str(path)])
-    assert model.card(("embed",)).dim == 32 * len(modes)
+    assert model.card(("embed",)).dim == prospect("it", [str(path)]).card.dim == 32 * len(modes)
     wanted = [
         np.concatenate([POOLINGS[mode](hidden_of(DISTILBERT, weights, text)) for mode in modes]) for text in TEXTS
     ]
