@@ -127,6 +127,16 @@ def test_vectors_are_those_of_plain_numpy(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_numbers_of_16_bits_make_about_the_same_vectors(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    weights = reference.random_weights(config, seed=3)
+    model = load("it", [str(folder(tmp_path, config, weights))], dtype="float16")
+    means = np.stack([hidden_of(config, weights, text).mean(axis=0) for text in TEXTS])
+    for found in vectors_of(model, TEXTS):
+        assert np.abs(found - means).max() < 0.05
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_is_inspected_and_verified_as_it_is_loaded(name: str, tmp_path: Path) -> None:
     config = CONFIGS[name]
     path = folder(tmp_path, config, reference.random_weights(config, seed=1))

@@ -338,23 +338,43 @@ def test_an_embedding_folder_is_no_reranker() -> None:
         assert not inspect(path).reranks
 
 
-def test_a_qwen2_with_one_label_scores_by_its_last_token(tmp_path: Path) -> None:
-    """The oracle is the decoder, which generates without the head."""
-    source = GOLDENS / "architectures" / "qwen2-tied"
-    generating = load("it", [str(source)])
-    shutil.copytree(source, tmp_path / "model")
-    path = tmp_path / "model"
+def with_head(tmp_path: Path, name: str, kind: str, head: Mapping[str, mx.array]) -> Path:
+    """A copy of a model without one, as what its config.json then calls it."""
+    source, path = GOLDENS / "architectures" / name, tmp_path / "model"
+    shutil.copytree(source, path)
     config = json.loads((path / "config.json").read_text())
-    config |= {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "score"}}
+    config |= {"architectures": [f"{kind}ForSequenceClassification"], "id2label": {"0": "score"}}
     (path / "config.json").write_text(json.dumps(config))
-    score = mx.random.normal((1, generating.llama.args.dim), key=mx.random.key(4))
-    safetensors.write(path / "model.safetensors", {**safetensors.read_folder(source), "score.weight": score})
-    model = load("it", [str(path)])
+    safetensors.write(path / "model.safetensors", {**safetensors.read_folder(source), **head})
     assert inspect(path).reranks
     assert verify(path).inspection.reranks
+    return path
+
+
+def test_a_qwen2_with_one_label_scores_by_its_last_token(tmp_path: Path) -> None:
+    """The oracle is the decoder, which generates without the head."""
+    generating = load("it", [str(GOLDENS / "architectures" / "qwen2-tied")])
+    score = mx.random.normal((1, generating.llama.args.dim), key=mx.random.key(4))
+    model = load("it", [str(with_head(tmp_path, "qwen2-tied", "Qwen2", {"score.weight": score}))])
     assert model.pairing is not None
     query, texts = "heat", ["the heat", "a b"]
     for text, found in zip(texts, scored(model, query, texts), strict=True):
         (tokens,) = model.pairing.encode(query, [text], None)
         last = np.array(generating.decoder(mx.array([tokens])))[0, -1]
         assert abs(found - float(last @ np.array(score)[0])) < 1e-4
+
+
+def test_an_mpnet_with_one_label_scores_by_its_first_token(tmp_path: Path) -> None:
+    """The oracle is the encoder, which embeds without the head: two layers, with a tanh between."""
+    embedding = load("it", [str(GOLDENS / "architectures" / "mpnet")])
+    first, second, bias = (mx.random.normal(shape, key=mx.random.key(4)) for shape in ((32, 32), (1, 32), (32,)))
+    head = {
+        "classifier.dense.weight": first, "classifier.dense.bias": bias, "classifier.out_proj.weight": second,
+        "classifier.out_proj.bias": bias[:1],
+    }  # fmt: skip
+    model = load("it", [str(with_head(tmp_path, "mpnet", "MPNet", head))])
+    assert model.pairing is not None
+    (tokens,) = model.pairing.encode("heat", ["the heat"], None)
+    state = embedding.encoder(mx.array([tokens]))[0, 0]
+    wanted = mx.tanh(state @ first.T + bias) @ second[0] + bias[0]
+    assert abs(scored(model, "heat", ["the heat"])[0] - wanted.item()) < 1e-4
