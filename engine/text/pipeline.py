@@ -87,10 +87,9 @@ _SURROUND = {
 
 #: Classes whose pairs have two tokens between the texts, and no token types.
 _UNTYPED = ("MPNetTokenizer", "RobertaTokenizer", "BartTokenizer", "XLMRobertaTokenizer", "CamembertTokenizer")
-#: Others that give a model no token types.
-_ALSO_UNTYPED = (
-    "DistilBertTokenizer", "AlbertTokenizer", "T5Tokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer",
-)  # fmt: skip
+#: Others that give a model no token types. ALBERT's did until transformers 5 forgot it, so models were trained with
+#: them: it does here.
+_ALSO_UNTYPED = ("DistilBertTokenizer", "T5Tokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")
 
 
 class TokenizerPipeline:
@@ -199,11 +198,8 @@ class TokenizerPipeline:
         left, with the class's own steps before it."""
         prefix = self.name == "T5Tokenizer" or self._switch("add_prefix_space", True)
         scheme = "always" if prefix else "never"
-        present: Any = inner.normalizer
-        steps = cast(Iterable[Any], present) if isinstance(present, normalizers.Sequence) else [present]
-        table = [step for step in steps if isinstance(step, normalizers.Precompiled)][:1]
-        own = self._of_albert() if self.name == "AlbertTokenizer" else []
-        inner.normalizer = normalizers.Sequence([*own, *table]) if own or table else None
+        steps = [*(self._of_albert() if self.name == "AlbertTokenizer" else []), *_table(inner)]
+        inner.normalizer = normalizers.Sequence(steps) if steps else None
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)]
         )
@@ -217,10 +213,13 @@ class TokenizerPipeline:
         return [*steps, normalizers.Lowercase()] if self._switch("do_lower_case", True) else steps
 
     def _as_deberta(self, inner: Tokenizer) -> None:
-        """Of what the file does to characters nothing is left, not even SentencePiece's own table."""
+        """Its own steps stand around SentencePiece's table. transformers 5 drops that, and so the characters that a
+        model was trained to read by it, such as a space that does not break: nothing says that it should."""
         small = [normalizers.Lowercase()] if self._switch("do_lower_case", False) else []
         spaces = normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")
-        inner.normalizer = normalizers.Sequence([*small, spaces, normalizers.NFC(), normalizers.Strip(False, True)])
+        inner.normalizer = normalizers.Sequence(
+            [*small, *_table(inner), spaces, normalizers.NFC(), normalizers.Strip(False, True)]
+        )
         scheme = "always" if self._switch("add_prefix_space", True) else "first"
         marks = [pre_tokenizers.Punctuation("isolated")] if self._switch("split_by_punct", False) else []
         inner.pre_tokenizer = pre_tokenizers.Sequence([*marks, pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)])
@@ -231,6 +230,13 @@ class TokenizerPipeline:
         if value is not None and not isinstance(value, bool):
             raise ModelError(f"{self._path}: {name} is {value!r}, not true or false")
         return default if value is None else value
+
+
+def _table(inner: Tokenizer) -> list[Any]:
+    """SentencePiece's own table of characters, if the file has one."""
+    present: Any = inner.normalizer
+    steps = cast(Iterable[Any], present) if isinstance(present, normalizers.Sequence) else [present]
+    return [step for step in steps if isinstance(step, normalizers.Precompiled)][:1]
 
 
 def _end_each(inner: Tokenizer, end: str) -> None:

@@ -309,8 +309,7 @@ def test_scores_are_those_of_plain_numpy(name: str, activation: str, tmp_path: P
 
 
 def test_only_a_model_with_token_types_is_given_those_of_a_pair(tmp_path: Path) -> None:
-    """And whose tokenizer gives them, which ALBERT's does not in transformers."""
-    for index, (name, types) in enumerate((("electra", {0, 1}), ("albert", {0}), ("deberta v3", {0}),
+    for index, (name, types) in enumerate((("electra", {0, 1}), ("albert", {0, 1}), ("deberta v3", {0}),
                                            ("deberta, keys alone", {0, 1}), ("distilbert", {0}))):  # fmt: skip
         config = {**CONFIGS[name], "architectures": ["ItsForSequenceClassification"], "id2label": {"0": "score"}}
         weights = reference.random_weights(config, seed=5, heads=_heads(config)[1])

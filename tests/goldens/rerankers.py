@@ -196,7 +196,8 @@ def folders() -> dict[str, Folder]:
             lambda rows: transformers.AlbertForSequenceClassification(
                 albert_config(rows, num_labels=1, hidden_act="gelu")
             ),
-            albert_pieces, ALBERT,
+            # Which transformers 5 forgot, and 4 had by itself.
+            albert_pieces, {**ALBERT, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
         ),
         "mxbai-rerank": Folder(deberta, deberta_pieces, DEBERTA),
         "deberta-v2": Folder(
