@@ -345,7 +345,7 @@ KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 CONTEXT = {
     "llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "bert": 512, "mpnet": 512, "xlm-roberta": 512,
     "roberta": 512, "modernbert": 8192, "gemma3_text": 131_072, "nomic_bert": 2048, "gte": 8192, "camembert": 512,
-    "distilbert": 512, "electra": 512, "albert": 512, "deberta-v2": 512, "t5": 8192,
+    "distilbert": 512, "electra": 512, "albert": 512, "deberta-v2": 512, "t5": 2048,
 }  # fmt: skip
 #: Mistral's window where the file does not say; null is none.
 MISTRAL_WINDOW = 4096

@@ -59,7 +59,7 @@ class T5Args:
 
     @property
     def context(self) -> int:
-        """The most tokens of a text: T5's places have no end, so that its files should say one."""
+        """The most tokens of a text. T5's places have no end; its bias takes memory by the square of them."""
         return CONTEXT["t5"]
 
     @classmethod
