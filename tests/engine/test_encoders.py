@@ -22,6 +22,7 @@ from engine.weights import safetensors
 from stoker.errors import ModelError
 from tests.engine import encoder_reference as reference
 from tests.engine.encoder_reference import Array, Shapes
+from tests.engine.test_vectors import embedded
 
 WORDS = json.loads((Path(__file__).parents[1] / "goldens" / "text" / "folders.json").read_text())["bases"]["words"]
 OLD = "sentence_transformers.models"
@@ -378,6 +379,7 @@ def test_vectors_of_several_ways_of_pooling_stand_one_behind_the_other(
     modules(path, ("Pooling", pooling))
     model = load("it", [str(path)])
     assert model.card(("embed",)).dim == prospect("it", [str(path)]).card.dim == 32 * len(modes)
+    assert embedded(model, ["the model", "the"]).shape == (2, 32 * len(modes))
     wanted = [
         np.concatenate([POOLINGS[mode](hidden_of(DISTILBERT, weights, text)) for mode in modes]) for text in TEXTS
     ]
