@@ -49,6 +49,17 @@ FOLDERS = (
     "embeddinggemma",
     "nomic-bert",
     "gte",
+    "distilbert",
+    "t5",
+    "t5-gated",
+    "camembert",
+    "albert",
+    "electra",
+    "deberta-v3",
+    "deberta-v2",
+    "poolings",
+    "poolings-older",
+    "layer-norm",
 )
 FORWARDS: dict[str, Callable[[LoadedModel], Forward]] = {
     "packed": lambda model: PackedForward(model, 2),
