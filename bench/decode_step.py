@@ -122,8 +122,10 @@ class Loop:
         self._llama, self._setting = llama, setting
         rows, adapters, capacity = setting.rows, setting.adapters, setting.capacity
         with self._set():
-            kind = JointKeyValues if llama.kv_sizes.joint else KeyValues
-            self._step, self._kv = Step(llama, compiled="all"), kind(llama, rows, capacity)
+            joint = llama.kv_sizes.joint
+            self._step = Step(llama, compiled="all")
+            self._kv = JointKeyValues(llama) if joint else KeyValues(llama, 0, 0)
+            self._kv.fit([capacity] * rows)
         random = np.random.default_rng(0)
         self._offset = random.integers(capacity // 2, capacity, rows).astype(np.int32)
         self._tokens = mx.array(random.integers(0, llama.args.vocab, rows), mx.int32)
@@ -139,9 +141,9 @@ class Loop:
             start = time.perf_counter()
             tokens, capacity = self._tokens, self._setting.capacity
             for _ in range(STEPS):
-                positions = self._kv.pending(self._offset)
+                places = self._kv.pending(self._offset)
                 offset = mx.array(self._offset)
-                given = ForwardInput(tokens[:, None], offset, capacity, adapters=self._adapters, positions=positions)
+                given = ForwardInput(tokens[:, None], offset, capacity, adapters=self._adapters, places=places)
                 chosen = self._step(self._kv, given, self._sampling)
                 tokens = chosen[0]
                 mx.async_eval(chosen)  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
 from engine.models import cache, fastmath, rope
 from engine.models.cache import KeyValues
-from engine.models.joint import JointKeyValues
+from engine.models.joint import JointKeyValues, JointPlaces
 from engine.models.llama import Llama
 from engine.models.qwen2 import Qwen2Args
 from kernels.backend import using
@@ -74,14 +74,15 @@ def a_step(
     """A step as a function of arrays, and these."""
     with using("metal"):
         assert llama.kv_sizes.joint
-    kv, step, offset = JointKeyValues(llama, rows, 256), Step(llama, "all"), np.full(rows, 5, np.int32)
+    kv, step, offset = JointKeyValues(llama), Step(llama, "all"), np.full(rows, 5, np.int32)
+    kv.fit([256] * rows)
     request = GenerateRequest(model="m", prompt="x", **{"temperature": 0.0, **sampling})
     chosen = sampling_batch([Draw(request, 0.5)] * rows, llama.args.vocab)
-    positions = kv.pending(offset)
-    mx.eval(kv.stored, positions)
+    places = kv.pending(offset, rows)
+    mx.eval(kv.stored, places.positions, places.starts)
 
     def run(tokens: mx.array, offset: mx.array) -> list[mx.array]:
-        given = ForwardInput(tokens, offset, 256, adapters=adapters, positions=positions)
+        given = ForwardInput(tokens, offset, 256, adapters=adapters, places=places)
         made = step.whole(kv.stored, given, chosen)
         return [*made[1], *(array for arrays in made[0] for array in arrays)]
 
@@ -100,14 +101,15 @@ def a_draft(llama: Llama, rows: int, tokens: int) -> tuple[Callable[..., list[mx
     """A pass over a draft of each row, `tokens` with its newest, in the same way."""
     with using("metal"):
         assert llama.kv_sizes.joint
-    kv = JointKeyValues(llama, rows, 256)
-    positions = kv.pending(np.full(rows, 5, np.int32))
+    kv = JointKeyValues(llama)
+    kv.fit([256] * rows)
+    places = kv.pending(np.full(rows, 5, np.int32), rows)
     given = ForwardInput(mx.zeros((rows, tokens), mx.int32), mx.full(rows, 5, dtype=mx.int32), 256, every=True)
-    return _several(llama, kv, positions, given)
+    return _several(llama, kv, places, given)
 
 
 def _several(
-    llama: Llama, kv: KeyValues | JointKeyValues, positions: mx.array | None, given: ForwardInput
+    llama: Llama, kv: KeyValues | JointKeyValues, places: JointPlaces | None, given: ForwardInput
 ) -> tuple[Callable[..., list[mx.array]], mx.array, mx.array]:
     """A greedy pass over several tokens of each row as a function of these and of where they begin; and both."""
     step, (rows, tokens) = Step(llama, "all"), given.tokens.shape
@@ -117,9 +119,7 @@ def _several(
     mx.eval(kv.stored)
 
     def run(tokens: mx.array, offset: mx.array) -> list[mx.array]:
-        made = step.whole(
-            kv.stored, replace(given, tokens=tokens, offset=offset, last=last, positions=positions), chosen
-        )
+        made = step.whole(kv.stored, replace(given, tokens=tokens, offset=offset, last=last, places=places), chosen)
         return [*made[1], *(array for arrays in made[0] for array in arrays)]
 
     return run, given.tokens, given.offset

@@ -14,13 +14,12 @@ from engine.generation.forward_input import ForwardInput
 from engine.generation.row import Row, RowState
 from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch, sampling_batch
-from engine.generation.step import Step, bucket
-from engine.models.cache import KeyValues
+from engine.generation.step import Step
+from engine.models.buckets import bucket
+from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues
 
-#: The KV length, how much of the storage a pass reads, comes in sizes from this on.
-SMALLEST_KV_LENGTH = 256
 #: Without compiling, any size is as good as another: a multiple of this is read.
 KV_LENGTH_STEP = 64
 
@@ -52,6 +51,7 @@ class Batch:
         self._model, self._pool, self._step = model, pool, step
         self.rows: list[Row] = []
         self.kv: KeyValues | JointKeyValues | None = None
+        self._empty = self._new()
         self._in_flight: PendingStep | None = None
 
     @property
@@ -65,35 +65,44 @@ class Batch:
         """The pass that was launched last, until `read` has read it."""
         return self._in_flight
 
-    def shape_for(self, rows: int, length: int) -> tuple[int, int]:
-        """(rows, capacity) of storage that holds so many rows of at most so many tokens."""
-        return bucket(rows), bucket(length, SMALLEST_KV_LENGTH)
+    def _lengths(self, more: Sequence[int] = ()) -> list[int]:
+        """Of all rows, each with a token more, and of such as come behind them."""
+        return [*(row.cached + 1 for row in self.rows), *more]
 
-    def has_room(self, rows: int, length: int) -> bool:
-        """Whether its storage holds `rows` rows of `length` tokens as it is: so in nearly every step."""
-        return self.kv is not None and rows <= self.kv.rows and length <= self.kv.capacity
+    def growth(self, more: Sequence[int]) -> int:
+        """Bytes that its storage would take on top of what it has, with each row a token longer, and rows of such
+        lengths more."""
+        lengths = self._lengths(more)
+        return max(0, self._storage.bytes_of(lengths) - self.nbytes) if lengths else 0
 
-    def fit(self, rows: int, length: int) -> None:
-        """Have room for `rows` rows of `length` tokens."""
-        if self.has_room(rows, length):
-            return
-        rows, capacity = self.shape_for(rows, length)
+    def bytes_for(self, lengths: Sequence[int]) -> int:
+        """What storage takes that holds rows of such lengths and no others."""
+        return self._empty.bytes_of(lengths)
+
+    def fit(self, more: Sequence[int] = ()) -> None:
+        """Have room for a token more of each row, and for rows of such lengths more."""
         if self.kv is None:
-            kind = JointKeyValues if self._model.kv_sizes.joint else KeyValues
-            self.kv = kind(self._model, rows, capacity)
-        else:
-            self.kv.resize(max(rows, self.kv.rows), max(capacity, self.kv.capacity))
+            self.kv = self._new()
+        self.kv.fit(self._lengths(more))
+
+    def _new(self) -> KeyValues | JointKeyValues:
+        return JointKeyValues(self._model) if self._model.kv_sizes.joint else KeyValues(self._model, 0, 0)
+
+    @property
+    def _storage(self) -> KeyValues | JointKeyValues:
+        """What there is; where nothing is, what would grow."""
+        return self._empty if self.kv is None else self.kv
 
     def shrink(self) -> None:
         """Give back what the rows that are left do not need."""
         if not self.rows:
             self.kv = None
         elif self.kv is not None:
-            self.kv.resize(*self.shape_for(len(self.rows), max(row.cached for row in self.rows) + 1))
+            self.kv.shrink(self._lengths())
 
     def join(self, row: Row, source: KeyValues, source_row: int) -> None:
         """Seat a row. `source` holds all its tokens except the newest."""
-        self.fit(len(self.rows) + 1, row.cached + 1)
+        self.fit([row.cached + 1])
         assert self.kv is not None
         row.slot, row.state = len(self.rows), RowState.DECODING
         self.rows.append(row)
@@ -117,8 +126,9 @@ class Batch:
     def leave(self, row: Row) -> None:
         """Free a row's slot; the last row moves into it."""
         last = self.rows.pop()
-        if last is not row and self.kv is not None:
-            self.kv.move(row.slot, last.slot, last.cached)
+        if self.kv is not None:
+            self.kv.leave(row.slot, last.slot, last.cached)
+        if last is not row:
             last.slot = row.slot
             self.rows[last.slot] = last
         row.slot = -1
@@ -129,7 +139,7 @@ class Batch:
     def clean(self) -> None:
         """Leave nothing of rows that are gone, whose numbers were not finite: another row may get their slots."""
         if self.kv is not None:
-            self.kv.clear_beyond([row.cached for row in self.rows] + [0] * (self.kv.rows - len(self.rows)))
+            self.kv.clear_beyond([row.cached for row in self.rows])
 
     def launch(self, count: int | None = None) -> bool:
         """Start the next pass, whether or not the last one has been read; False if no row needs it. `count`: how many
@@ -141,9 +151,9 @@ class Batch:
         ahead = self.ahead(pending)
         if not rows or all(row.ends_within(ahead[slot]) for slot, row in enumerate(rows)):
             return False
-        self.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
+        self.fit()
         assert self.kv is not None
-        size = min(bucket(len(rows)), self.kv.rows) if self._step.decode_buckets else len(rows)
+        size = self._padded(len(rows)) if self._step.decode_buckets else len(rows)
         padding = size - len(rows)
         assert not padding or len(rows) == len(self.rows), "a row that rests would be written to"
         draws, sampling = gather(rows, ahead[: len(rows)], self._model.args.vocab, size)
@@ -151,9 +161,9 @@ class Batch:
         given = ForwardInput(
             self._tokens(pending, rows, size)[:, None],
             mx.array(offset),
-            self._kv_length(int(offset.max()) + 1),
+            self._kv_length(int(offset.max()) + 1, 1),
             adapters=self._pool.rows([row.adapter for row in rows] + [0] * padding),
-            positions=self.kv.pending(offset),
+            places=self.kv.pending(offset, len(rows)),
         )
         chosen = self._step(self.kv, given, sampling)
         mx.async_eval(chosen)  # type: ignore[no-untyped-call]
@@ -176,7 +186,7 @@ class Batch:
     @property
     def room(self) -> int:
         """Tokens of each row that a pass can write to the storage as it is."""
-        return 0 if self.kv is None else self.kv.capacity - max((row.cached for row in self.rows), default=0)
+        return 0 if self.kv is None else self.kv.room([row.cached for row in self.rows])
 
     def try_drafts(self, width: int) -> list[Tried]:
         """A pass over `width` tokens of each row, its newest and the draft behind it, and what comes of it. No pass
@@ -198,7 +208,7 @@ class Batch:
             drafts.append(draft)
             # Behind a draft is padding, of which nobody looks at anything.
             draws += found + found[-1:] * (width - len(found))
-        size = min(bucket(len(rows)), self.kv.rows) if self._step.prompt_buckets else len(rows)
+        size = self._padded(len(rows)) if self._step.prompt_buckets else len(rows)
         owners = [row for row in rows for _ in range(width)]
         sampling = _sampling(owners, draws, self._model.args.vocab, size * width)
         picked = picks(self._step(self.kv, self._drafted(drafts, width, size), sampling), draws)
@@ -226,9 +236,9 @@ class Batch:
         return ForwardInput(
             mx.array(tokens),
             mx.array(offset),
-            self._kv_length(int(offset.max()) + width),
+            self._kv_length(int(offset.max()) + width, width),
             adapters=self._pool.rows(adapters),
-            positions=self.kv.pending(offset),
+            places=self.kv.pending(offset, len(self.rows)),
             every=True,
         )
 
@@ -255,13 +265,18 @@ class Batch:
         taken = pending.chosen[0][mx.array(np.maximum(source, 0))]
         return mx.where(mx.array(source >= 0), taken, mx.array(known))
 
-    def _kv_length(self, length: int) -> int:
-        assert self.kv is not None
-        if isinstance(self.kv, JointKeyValues):
-            return self.kv.capacity  # each row reads its own positions
-        if self._step.decode_buckets:
-            return min(bucket(length, SMALLEST_KV_LENGTH), self.kv.capacity)
-        return min(-(-length // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.kv.capacity)
+    def _padded(self, rows: int) -> int:
+        """In how many rows a pass over so many comes."""
+        return min(bucket(rows), self.kv.rows) if isinstance(self.kv, KeyValues) else bucket(rows)
+
+    def _kv_length(self, length: int, tokens: int) -> int:
+        """How many positions a pass over `tokens` of each row reads, the longest of which has `length` then."""
+        if isinstance(self.kv, KeyValues):
+            if self._step.decode_buckets:
+                return min(bucket(length, SMALLEST_KV_LENGTH), self.kv.capacity)
+            return min(-(-length // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.kv.capacity)
+        # One token's kernel reads what each row has.
+        return bucket(length, SMALLEST_KV_LENGTH) if tokens > 1 else 1
 
 
 def _taken(draft: Sequence[int], found: Sequence[Pick]) -> list[Pick]:

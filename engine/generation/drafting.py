@@ -15,7 +15,7 @@ from statistics import median_low
 
 from engine.generation.batch import Tried
 from engine.generation.row import Row
-from engine.generation.step import bucket
+from engine.models.buckets import bucket
 
 #: Tokens of each row that a pass may take: few sizes, each of which may have to be compiled.
 WIDTHS = (2, 3, 5, 9)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from engine.adapters.stacked import StackedLora
+from engine.models.joint import JointPlaces
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,8 +18,8 @@ class ForwardInput:
 
     `kv_length`: how many positions are read, a bound for every row. `last`: the index of the token of each row that the
     next one follows; None: the only one. `exact`: one row, whose keys and values this pass fills up to `kv_length`.
-    `positions`: over `JointKeyValues`, where the pass writes what the one before it made; else None. `every`: what
-    follows each token is wanted, row after row, and not only what follows the last.
+    `places`: of the rows, over `JointKeyValues`; else None. `every`: what follows each token is wanted, row after row,
+    and not only what follows the last.
     """
 
     tokens: mx.array
@@ -27,7 +28,7 @@ class ForwardInput:
     last: mx.array | None = None
     adapters: StackedLora | None = None
     exact: bool = False
-    positions: mx.array | None = None
+    places: JointPlaces | None = None
     every: bool = False
 
 

@@ -46,14 +46,13 @@ class KvBudget:
     def could_admit(self, rows: Sequence[Row], staying: Sequence[Row]) -> bool:
         """Whether the batch could take these rows in next to those that stay, were all others gone."""
         length = max(row.length for row in rows) + 1
-        longest = max([length, *(row.cached + 1 for row in staying)])
-        count, capacity = self._batch.shape_for(len(staying) + len(rows), longest)
-        return not staying or self._bytes(count, capacity) + self._bytes(len(rows), length) <= self._limit
+        together = self._batch.bytes_for([*(row.cached + 1 for row in staying), *[length] * len(rows)])
+        return not staying or together + self._bytes(len(rows), length) <= self._limit
 
     def must_shrink(self, rows: int, length: int) -> bool:
         """Whether a row has to leave before the batch can hold `rows` of `length` tokens; if none, kept prefixes make
         way."""
-        growth = self._growth(rows - len(self._batch.rows), length)
+        growth = self._batch.growth([length] * (rows - len(self._batch.rows)))
         if rows > 1 and not self._fits(growth):
             return True
         self._evict_for(growth)
@@ -69,15 +68,7 @@ class KvBudget:
             pass
 
     def _needed(self, rows: int, length: int) -> int:
-        return self._bytes(rows, length) + self._growth(rows, length)
+        return self._bytes(rows, length) + self._batch.growth([length] * rows)
 
     def _bytes(self, rows: int, length: int) -> int:
         return rows * (length * self._token + self._state)
-
-    def _growth(self, more: int, length: int) -> int:
-        """Bytes that the batch would take on top of what it has, with `more` rows of `length` tokens."""
-        batch = self._batch
-        longest = max([length, *(row.cached + 1 for row in batch.rows)])
-        if batch.has_room(len(batch.rows) + more, longest):
-            return 0
-        return max(0, self._bytes(*batch.shape_for(len(batch.rows) + more, longest)) - batch.nbytes)

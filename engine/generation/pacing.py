@@ -15,7 +15,7 @@ from statistics import median
 
 from engine.generation import prefill
 from engine.generation.prefill import FEW, PrefillPacer
-from engine.generation.step import bucket
+from engine.models.buckets import bucket
 from stoker.contract.requests import LOWEST_PRIORITY
 
 #: How many times as long a pass may take for the rows of the background in it.

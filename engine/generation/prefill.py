@@ -9,14 +9,15 @@ import mlx.core as mx
 import numpy as np
 
 from engine.adapters.pool import AdapterPool
-from engine.generation.batch import SMALLEST_KV_LENGTH, gather
+from engine.generation.batch import gather
 from engine.generation.draws import Draw, Pick
 from engine.generation.forward_input import ForwardInput
 from engine.generation.row import Row, RowState
 from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch
-from engine.generation.step import Step, bucket
-from engine.models.cache import KeyValues
+from engine.generation.step import Step
+from engine.models.buckets import bucket
+from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
 from engine.models.decoder import Decoder
 from engine.prefixes.memory import PrefixCache
 

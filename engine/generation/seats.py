@@ -89,7 +89,7 @@ class Seats:
         count = len(self._batch.rows) + len(rows)
         length = max((row.cached + 1 for row in rows), default=0)
         if len(rows) > 1 and not self._budget.must_shrink(count, length):
-            self._batch.fit(count, length)
+            self._batch.fit([row.cached + 1 for row in rows])
 
     def _preempt(self, row: Row) -> None:
         self._batch.leave(row)

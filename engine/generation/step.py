@@ -70,13 +70,6 @@ class _End:
     every: bool = False
 
 
-def bucket(least: int, smallest: int = 1) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16 … that is at least `least` and `smallest`: at most half too much."""
-    size = max(1, least, smallest)
-    power = 1 << (size - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= size else power
-
-
 _NOTHING: Stored = ([], [], [])
 
 #: What is compiled. "all": the whole pass of prompts and of decoding, sampling included: for GPUs, where each kernel
@@ -169,7 +162,7 @@ class Step:
         """The layers, a stretch at a time: what is stored after them, and hidden states behind the last norm."""
         assert self._stretches is not None
         begin, parts, end = self._stretches
-        joint, adapters = given.positions is not None, given.adapters
+        joint, adapters = given.places is not None, given.adapters
         mask = None if joint else self._layers_view(_NOTHING, given).mask
         x, normed = without_tokens(begin(given.tokens))
         written: Stored = [], [], []
@@ -204,13 +197,13 @@ class Step:
         return self._model.head(hidden[:, -1] if last is None else hidden[mx.arange(hidden.shape[0]), last])
 
     def _view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> AnyView:
-        if given.positions is None:
+        if given.places is None:
             return self._layers_view(stored, given, mask, first)
         side = self._model.kv_sizes.keys[0]
         if given.tokens.shape[1] > 1:
             mask = self._layers_view(_NOTHING, given).mask
-            return JointRun(stored, given.offset, given.positions, given.tokens.shape[1], given.kv_length, side, mask)
-        return JointView(stored, given.offset, given.positions, side, given.adapters, first)
+            return JointRun(stored, given.offset, given.places, given.tokens.shape[1], given.kv_length, side, mask)
+        return JointView(stored, given.offset, given.places, side, given.adapters, first)
 
     def _layers_view(self, stored: Stored, given: ForwardInput, mask: Mask = None, first: int = 0) -> View:
         rows, many = given.tokens.shape

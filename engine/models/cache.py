@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.attention import Mask
+from engine.models.buckets import bucket
 from engine.platform.compiler import on_cpu
 from kernels import packed_kv
 from kernels.pack_kv import pack_kv
@@ -139,6 +140,15 @@ class LayerCache(Protocol):
         ...
 
 
+#: The KV length, how much of the storage a pass reads, comes in sizes from this on.
+SMALLEST_KV_LENGTH = 256
+
+
+def shape_for(lengths: Sequence[int]) -> tuple[int, int]:
+    """(rows, capacity) of a rectangle that holds rows of such lengths."""
+    return bucket(len(lengths)), bucket(max(lengths), SMALLEST_KV_LENGTH)
+
+
 class KeyValues:
     """Keys and values of every layer, each (rows, heads, capacity, width), and what recurrent layers keep of each row.
 
@@ -177,8 +187,33 @@ class KeyValues:
     def nbytes(self) -> int:
         return self.rows * (self.capacity * self._token + self._state)
 
-    def pending(self, offset: np.ndarray) -> None:
-        """Where a pass over rows at `offset` has to write what the one before it made: each pass wrote its own."""
+    def bytes_of(self, lengths: Sequence[int]) -> int:
+        """What storage takes that holds rows of such lengths: this one, where they have room."""
+        if self.has_room(lengths):
+            return self.nbytes
+        rows, capacity = shape_for(lengths)
+        return rows * (capacity * self._token + self._state)
+
+    def has_room(self, lengths: Sequence[int]) -> bool:
+        """Whether rows of such lengths are held as it is: so in nearly every step."""
+        return len(lengths) <= self.rows and max(lengths, default=0) <= self.capacity
+
+    def room(self, lengths: Sequence[int]) -> int:
+        """Positions that each of these rows has behind such a length, at least."""
+        return self.capacity - max(lengths, default=0)
+
+    def fit(self, lengths: Sequence[int]) -> None:
+        """Have room for rows of such lengths."""
+        if not self.has_room(lengths):
+            rows, capacity = shape_for(lengths)
+            self.resize(max(rows, self.rows), max(capacity, self.capacity))
+
+    def shrink(self, lengths: Sequence[int]) -> None:
+        """Give back what rows of such lengths do not need."""
+        self.resize(*shape_for(lengths))
+
+    def pending(self, offset: np.ndarray, rows: int | None = None) -> None:
+        """What a pass has to know of its rows' places: each is at its own."""
 
     def resize(self, rows: int, capacity: int) -> None:
         """More or fewer rows and positions; what fits stays. One layer at a time, so that old and new never both exist
@@ -201,9 +236,10 @@ class KeyValues:
         for index, array in enumerate(source.states):
             self.states[index][row : row + 1] = array[source_row : source_row + 1]
 
-    def move(self, row: int, source_row: int, length: int) -> None:
-        """Copy the first `length` positions of a row to another."""
-        self.put(row, self._taken(source_row, length), 0, length)
+    def leave(self, row: int, last: int, length: int) -> None:
+        """A row goes, and the last one, of `length` positions, takes its slot."""
+        if row != last:
+            self.put(row, self._taken(last, length), 0, length)
 
     def swap(self, row: int, other: int, length: int) -> None:
         """Let two rows change places, the first `length` positions of each."""
@@ -220,7 +256,9 @@ class KeyValues:
         return made
 
     def clear_beyond(self, lengths: list[int]) -> None:
-        """Zeros in each row's positions from its length on. What lies there is masked, and 0 times NaN is NaN."""
+        """Zeros in each row's positions from its length on, and in rows behind these. What lies there is masked, and 0
+        times NaN is NaN."""
+        lengths = lengths + [0] * (self.rows - len(lengths))
         self.states = [
             mx.where(_column(lengths, array.ndim) > 0, array, mx.zeros((), array.dtype)) for array in self.states
         ]

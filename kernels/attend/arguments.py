@@ -24,9 +24,9 @@ class AttendInput(NamedTuple):
     """One new token a row. A tuple, as `Kernel` is called with its fields one by one.
 
     `q`, `k`, `v`: (rows, width) each, as the projections make them, from `starts` on; they may be one array.
-    `stored`: (slots, heads, capacity, width), some layers' keys and values as they are kept: a layer has `kv_heads` of
-    keys, then as many of values. Row i is in slot i, and reads the positions before `offset[i]`, int32 (rows,), with
-    `window` the last window − 1 of them; its new token is at that position.
+    `stored`: (heads, positions, width), some layers' keys and values as they are kept: a layer has `kv_heads` of keys,
+    then as many of values. Row i's begin at `start[i]`, and it reads `offset[i]` positions, int32 (rows,) both, with
+    `window` the last window − 1 of them; its new token comes behind them.
     `bits`: 16: numbers are kept as they are, width = dim. 8 or 4: packed, uint32 (`kernels.packed_kv`).
     `fresh`: (rows, heads, width), what this gave for the layers before it in `stored`; None for the first.
     `period`: float32 (dim / 2,): the pair i, i + dim / 2 turns by offset / period[i]. `q_weight` and `k_weight` are
@@ -39,6 +39,7 @@ class AttendInput(NamedTuple):
     v: mx.array
     stored: mx.array
     fresh: mx.array | None
+    start: mx.array
     offset: mx.array
     period: mx.array
     q_weight: mx.array | None

@@ -6,9 +6,9 @@
 // batch of keys. LANES lanes have a key, each PACK of its numbers, loaded at once. With BITS 8 or 4 keys and values are kept as
 // words (`codes.h`), also the new token's, which attends to what they stand for, as later tokens do; WIDTH of a head.
 // q, k, v [rows, Q_ROW, K_ROW, V_ROW], each from its START on
-// stored [slots, heads of some layers, capacity, WIDTH]: a layer has KV_HEADS of keys, then as many of values
+// stored [heads of some layers, positions, WIDTH]: a layer has KV_HEADS of keys, then as many of values
 // fresh [rows, heads of the layers before, WIDTH], absent where FIRST: says which of these layers this is
-// offset [rows]  period [DIM / 2] float32  q_weight, k_weight [DIM]
+// segment [rows]: where a row's positions begin  offset [rows]  period [DIM / 2] float32  q_weight, k_weight [DIM]
 // where ADAPTED (1: q, 2: k, 4: v) x [rows, IN], what was projected, index [rows], and as in `lora` a0, b0, gain0, shift0 of
 // q, 1 of k, 2 of v; GAIN and SHIFT in bits, too
 //   →  y [rows, HEADS · DIM]  made [rows, heads up to this layer, WIDTH]: fresh, the new keys, the new values
@@ -132,11 +132,11 @@ for (uint step = LANES / 2; step > 0; step >>= 1) dot += metal::simd_shuffle_xor
 top_sum[0] = has_new ? dot : -3e38f;
 top_sum[1] = has_new ? 1.0f : 0.0f;
 for (int d = 0; d < PACK; d++) sum_v[d] = has_new ? value[d] : 0.0f;
-const uint capacity = uint(stored_shape[2]);
-const uint end = metal::min(uint(offset[row]), capacity);
+const uint positions = uint(stored_shape[1]);
+const uint end = metal::min(uint(offset[row]), positions - uint(segment[row]));
 const uint begin = WINDOW > 0 && end + 1 > uint(WINDOW) ? end + 1 - uint(WINDOW) : 0u;
-const size_t keys_start = (size_t(row) * uint(stored_shape[1]) + before + kv_head) * capacity * WIDTH;
-const size_t values_start = keys_start + size_t(KV_HEADS) * capacity * WIDTH;
+const size_t keys_start = (size_t(before + kv_head) * positions + uint(segment[row])) * WIDTH;
+const size_t values_start = keys_start + size_t(KV_HEADS) * positions * WIDTH;
 for (uint batch = begin + split * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
   attend_to_stored<Form, LANES, PACK, WIDTH, DEPTH>(query, stored + keys_start, stored + values_start, batch, end, top_sum, sum_v, lane);
 write_attended<T, DIM, PACK, TOGETHER, SPLITS>(

@@ -76,8 +76,10 @@ def _input(shape: _Shape, dtype: mx.Dtype, random: np.random.Generator) -> Atten
         q,
         k,
         v,
-        stored=kept(rows + 1, (before + 2) * 2 * kv_heads, capacity),
+        stored=kept((before + 2) * 2 * kv_heads, rows * capacity + 3),
         fresh=kept(rows, before * 2 * kv_heads) if before else None,
+        # The first row lies last.
+        start=mx.array(3 + capacity * np.arange(rows)[::-1], mx.int32),
         # From none stored, by which a row sees its new token alone, to all.
         offset=mx.array(np.array([capacity, 0, *random.integers(0, capacity, rows)][:rows]), mx.int32),
         period=_periods(dim),
@@ -128,13 +130,13 @@ def timings(dtype: mx.Dtype) -> Iterable[Timing]:
     plain = [(rows, capacity, 16) for rows, capacity in ((1, 512), (1, 4096), (32, 512), (32, 2048))]
     for rows, capacity, bits in (*plain, (1, 4096, 8), (32, 512, 8), (1, 4096, 4), (32, 512, 4)):
         whole = on_device((rows, 18 * 64), dtype)
-        stored = on_device((rows, 4, capacity, 64), dtype)
+        stored, start = on_device((4, rows * capacity, 64), dtype), mx.arange(rows, dtype=mx.int32) * capacity
         if bits < 16:
             stored = packed_kv.pack(stored, bits)
         offset = mx.array(random.integers(capacity // 2, capacity, rows), mx.int32)
-        read = int(np.array(offset).sum()) * 2 * 2 * stored.shape[3] * int(stored.dtype.size)
+        read = int(np.array(offset).sum()) * 2 * 2 * stored.shape[2] * int(stored.dtype.size)
         arguments = AttendInput(
-            *(whole, whole, whole, stored, None, offset, _periods(64), None, None, (0, 14 * 64, 16 * 64)),
+            *(whole, whole, whole, stored, None, start, offset, _periods(64), None, None, (0, 14 * 64, 16 * 64)),
             *(14, 2, 0.125),
             bits=bits,
         )

@@ -19,7 +19,7 @@ from kernels.lora.op import HIGHEST_RANK, lora_reference, times_a
 _BODY = Body(
     "attend",
     (
-        *("q", "k", "v", "stored", "fresh", "offset", "period", "q_weight", "k_weight", "x", "index"),
+        *("q", "k", "v", "stored", "fresh", "segment", "offset", "period", "q_weight", "k_weight", "x", "index"),
         *(f"{side}{part}" for part in range(3) for side in LoraSides._fields),
     ),
     ("y", "made"),
@@ -88,13 +88,15 @@ def _numbers(given: AttendInput, kept: mx.array) -> mx.array:
 
 def _attended(given: AttendInput, queries: mx.array, new: mx.array) -> mx.array:
     """Attention over what is stored and these keys and values of the new token."""
-    rows, kv_heads, offset = queries.shape[0], given.kv_heads, given.offset
+    rows, kv_heads, offset = queries.shape[0], given.kv_heads, given.offset[:, None]
     first = 0 if given.fresh is None else given.fresh.shape[1]
-    layer = _numbers(given, given.stored[:rows, first : first + 2 * kv_heads])
-    positions = mx.arange(layer.shape[2])[None]
-    seen = positions < offset[:, None]
+    layer = _numbers(given, given.stored[first : first + 2 * kv_heads])
+    layer = mx.broadcast_to(layer, (rows, *layer.shape))
+    # Of all that is stored, as the row counts it.
+    positions = mx.arange(layer.shape[2])[None] - given.start[:, None]
+    seen = (positions >= 0) & (positions < offset)
     if given.window is not None:
-        seen = seen & (positions > offset[:, None] - given.window)
+        seen = seen & (positions > offset - given.window)
     y = mx.fast.scaled_dot_product_attention(
         queries,
         mx.concatenate([layer[:, :kv_heads], new[:, :kv_heads]], axis=2),
@@ -148,10 +150,10 @@ def _refuse(given: AttendInput) -> str | None:
     rows = q.shape[0]
     first = 0 if fresh is None else fresh.shape[1]
     width = given.dim if given.bits == 16 else packed_kv.words_of(given.dim, given.bits)
-    if stored.shape[0] < rows or first + 2 * given.kv_heads > stored.shape[1] or stored.shape[3] != width:
+    if stored.ndim != 3 or first + 2 * given.kv_heads > stored.shape[0] or stored.shape[2] != width:
         return "shapes"
-    if offset.dtype != mx.int32 or offset.shape != (rows,):
-        return "offsets that are not int32 (rows,)"
+    if any(each.dtype != mx.int32 or each.shape != (rows,) for each in (given.start, offset)):
+        return "starts or offsets that are not int32 (rows,)"
     if given.period.dtype != mx.float32:
         return f"periods of dtype {given.period.dtype}"
     kept = [array for array in (stored, fresh) if array is not None]
@@ -193,8 +195,8 @@ def _threads(given: AttendInput) -> int:
 
 
 def _launch(given: AttendInput) -> Arrays:
-    q, k, v, stored, fresh, offset, period, q_weight, k_weight = given[:9]
-    rows, dim, group, width = q.shape[0], given.dim, given.heads // given.kv_heads, stored.shape[3]
+    q, k, v, stored, fresh, start, offset, period, q_weight, k_weight = given[:10]
+    rows, dim, group, width = q.shape[0], given.dim, given.heads // given.kv_heads, stored.shape[2]
     grouped = dim if given.bits == 16 else packed_kv.group_of(dim, given.bits)
     together, threads = _together(given), _threads(given)
     made = (0 if fresh is None else fresh.shape[1]) + 2 * given.kv_heads
@@ -202,7 +204,7 @@ def _launch(given: AttendInput) -> Arrays:
     absent = (stored if fresh is None else fresh, *(period if each is None else each for each in (q_weight, k_weight)))
     adapters, sizes = _adapter_arguments(given, threads)
     return _BODY.launch(
-        (q, k, v, stored, absent[0], offset, period, *absent[1:], *adapters),
+        (q, k, v, stored, absent[0], start, offset, period, *absent[1:], *adapters),
         template=[
             *(
                 ("T", q.dtype),

@@ -58,7 +58,7 @@ def test_what_is_kept_of_a_row_goes_with_it_into_another_storage_and_within_one(
     kv, other = filled(3, 8), filled(2, 6, first=11)
     kv.put(1, other, 1, 6)
     assert of_rows(kv, 6) == [[1.0], [12.0], [3.0]]
-    kv.move(0, 2, 8)
+    kv.leave(0, 2, 8)
     assert of_rows(kv, 8)[0] == [3.0]
     alone = kv.row(1, 6)
     assert (alone.rows, alone.capacity, of_rows(alone, 6)) == (1, 6, [[12.0]])
@@ -66,7 +66,7 @@ def test_what_is_kept_of_a_row_goes_with_it_into_another_storage_and_within_one(
 
 
 @pytest.mark.skipif(not on_cpu(), reason="a GPU copies all arrays faster than a row is waited for")
-@pytest.mark.parametrize("change", [lambda kv: kv.move(0, 2, 4096), lambda kv: kv.swap(0, 2, 4096)])
+@pytest.mark.parametrize("change", [lambda kv: kv.leave(0, 2, 4096), lambda kv: kv.swap(0, 2, 4096)])
 def test_a_row_that_moves_takes_memory_for_itself_alone(change: Callable[[KeyValues], None]) -> None:
     kv = filled(16, 4096)
     mx.eval(kv.stored)

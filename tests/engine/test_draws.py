@@ -16,7 +16,8 @@ from engine.generation.prompt import TokenizedPrompt, check_ids
 from engine.generation.row import Generation, Row
 from engine.generation.sampling import sample
 from engine.generation.sampling_batch import sampling_batch
-from engine.generation.step import Step, bucket
+from engine.generation.step import Step
+from engine.models.buckets import bucket
 from engine.models.cache import KeyValues
 from engine.models.llama import Llama
 from engine.prefixes.memory import PrefixCache

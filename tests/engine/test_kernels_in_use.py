@@ -58,7 +58,8 @@ def _decoded(
         for layer, side in enumerate(sides):
             numbers = random.normal(0, 1, (rows, side.heads, 16, side.size)).astype(np.float32)
             arrays[layer] = side.pack(mx.array(numbers))
-    kv = JointKeyValues(llama, rows, 16) if llama.kv_sizes.joint else KeyValues(llama, rows, 16)
+    kv: KeyValues | JointKeyValues
+    kv = tiny.joint(llama, rows, 16) if llama.kv_sizes.joint else KeyValues(llama, rows, 16)
     for row, length in enumerate(LENGTHS):
         kv.put(row, source, row, length)
     requests = [
@@ -68,18 +69,11 @@ def _decoded(
     adapters = None if pool is None else pool.rows([1, 0, 2])
     step, tokens, lengths = Step(llama, "none"), mx.array(TOKENS, mx.int32), np.array(LENGTHS, np.int32)
     for _ in range(steps):
-        given = ForwardInput(tokens, mx.array(lengths), 16, adapters=adapters, positions=kv.pending(lengths))
+        given = ForwardInput(tokens, mx.array(lengths), 16, adapters=adapters, places=kv.pending(lengths))
         chosen = step(kv, given, sampling_batch(draws, llama.args.vocab))
         tokens, lengths = chosen[0][:, None], lengths + 1
     kv.clear_beyond(lengths.tolist())
-    return [np.array(array).tolist() for array in chosen], _sides(kv)
-
-
-def _sides(kv: KeyValues | JointKeyValues) -> list[mx.array]:
-    """Keys and values, layer by layer."""
-    if isinstance(kv, KeyValues):
-        return [array for pair in zip(kv.keys, kv.values, strict=True) for array in pair]
-    return [side for array in kv.arrays for side in mx.split(array, array.shape[1] // kv.heads, axis=1)]
+    return [np.array(array).tolist() for array in chosen], tiny.sides(kv, rows, 16)
 
 
 class Steps(NamedTuple):

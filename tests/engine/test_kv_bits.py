@@ -23,7 +23,6 @@ from engine.generation.step import Step
 from engine.models.attention import attention
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.cache import KeyValues, KvSide, KvSizes
-from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from engine.models.shard import Shard
 from engine.prefixes.memory import PrefixCache
@@ -211,18 +210,17 @@ def test_both_kinds_of_arrays_hold_the_same_words(packed: LoadedModel) -> None:
     """So a row's answer does not say which of both it decoded over."""
     decoder, steps = packed.decoder, 12
     ids = np.random.default_rng(5).integers(3, 60, (3, steps)).tolist()
-    apart, together = KeyValues(decoder, 3, 16), JointKeyValues(decoder, 3, 16)
+    apart, together = KeyValues(decoder, 3, 16), tiny.joint(decoder, 3, 16)
     for at in range(steps):
         offset = np.full(3, at, np.int32)
         tokens = mx.array([[row[at]] for row in ids], mx.int32)
         for kv in (apart, together):
-            given = ForwardInput(tokens, mx.array(offset), 16, positions=kv.pending(offset))
+            given = ForwardInput(tokens, mx.array(offset), 16, places=kv.pending(offset))
             Step(decoder, "none")(kv, given, SamplingBatch())
     together.clear_beyond([steps] * 3)
-    (array,) = together.arrays
-    sides = [side for pair in zip(apart.keys, apart.values, strict=True) for side in pair]
-    same = np.array(array == mx.concatenate(sides, axis=1))
-    assert array.dtype == mx.uint32
+    found, wanted = (mx.concatenate(tiny.sides(kv, 3, 16), axis=1) for kv in (together, apart))
+    same = np.array(found == wanted)
+    assert found.dtype == mx.uint32
     assert same.mean() > 0.99
 
 

@@ -11,13 +11,13 @@ import pytest
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
-from engine.generation.batch import SMALLEST_KV_LENGTH, Batch
+from engine.generation.batch import Batch
 from engine.generation.kv_budget import KvBudget
 from engine.generation.prefill import Prefill
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
-from engine.models.cache import KeyValues, bytes_per_token
+from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues, bytes_per_token
 from engine.prefixes.memory import PrefixCache
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest
@@ -73,9 +73,9 @@ def test_a_row_that_is_alone_need_not_leave(model: LoadedModel, tmp_path: Path) 
     machine.seat(SMALLEST_KV_LENGTH - 1)
     assert not machine.budget.must_shrink(1, SMALLEST_KV_LENGTH + 1), "nobody could make way for it"
     machine = Machine(model, tmp_path, 2 * SMALLEST_KV_LENGTH)
-    for _ in range(2):
-        machine.seat(SMALLEST_KV_LENGTH - 1)
+    rows = [machine.seat(SMALLEST_KV_LENGTH - 1) for _ in range(2)]
     assert not machine.budget.must_shrink(2, SMALLEST_KV_LENGTH)
+    rows[1].cached += 1
     assert machine.budget.must_shrink(2, SMALLEST_KV_LENGTH + 1)
 
 
@@ -117,10 +117,11 @@ def test_no_more_prefixes_make_way_than_have_to(model: LoadedModel, tmp_path: Pa
 
 def test_no_prefix_makes_way_for_a_row_that_waits_all_the_same(model: LoadedModel, tmp_path: Path) -> None:
     machine = Machine(model, tmp_path, 2 * SMALLEST_KV_LENGTH + PREFIX + 11, prefixes=1)
-    for _ in range(2):
-        machine.seat(10)
+    _, row = machine.seat(10), machine.seat(10)
     assert not machine.budget.admits([machine.row(10)])
+    row.cached = SMALLEST_KV_LENGTH
     assert machine.budget.must_shrink(2, SMALLEST_KV_LENGTH + 1), "a row leaves: there may be room enough then"
+    row.cached = 10
     assert len(machine.prefixes) == 1
     machine.batch.leave(machine.batch.rows[0])
     assert machine.budget.admits([machine.row(10)]), "what the row that left took is room enough, next to the prefix"

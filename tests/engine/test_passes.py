@@ -13,14 +13,13 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation import lane
-from engine.generation.batch import SMALLEST_KV_LENGTH
 from engine.generation.draws import Pick
 from engine.generation.forward_input import ForwardInput
 from engine.generation.pacing import Chunk, LanePacer
 from engine.generation.prefill import Prefill, PrefillPacer
 from engine.generation.row import Row
 from engine.generation.step import Compiled, Step
-from engine.models.cache import KeyValues
+from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
 from engine.models.llama import Llama
 from engine.prefixes.memory import SHORTEST, PrefixCache
 from engine.ticket import Ticket

@@ -14,10 +14,9 @@ from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
 from engine.engine import Engine
 from engine.generation import prompt
-from engine.generation.batch import SMALLEST_KV_LENGTH
 from engine.generation.limits import LaneLimits
 from engine.generation.pinning import Pinning
-from engine.models.cache import KeyValues, bytes_per_token
+from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues, bytes_per_token
 from engine.models.llama import Llama
 from engine.prefixes import folder, shelf
 from engine.prefixes.disk import DiskLimits

@@ -20,6 +20,7 @@ from engine.models.joint import JointKeyValues
 from engine.models.layers import QuantizedLinear
 from engine.models.llama import Block, Llama
 from engine.weights.quantized import Form, quantize
+from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
 
 ROWS, LENGTHS = 3, np.array([4, 1, 7], np.int32)
@@ -58,15 +59,16 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Block]:
 
 def outcome(llama: Llama, compiled: Compiled, adapters: StackedLora | None = None) -> list[np.ndarray]:
     """What two passes choose, with its logit, and the keys and values behind them."""
-    kind = JointKeyValues if llama.kv_sizes.joint else KeyValues
-    kv, step, found = kind(llama, ROWS, 16), Step(llama, compiled), []
+    kv: KeyValues | JointKeyValues
+    kv = tiny.joint(llama, ROWS, 16) if llama.kv_sizes.joint else KeyValues(llama, ROWS, 16)
+    step, found = Step(llama, compiled), []
     for number in range(2):
         offset = LENGTHS + number
-        tokens, positions = mx.array([[5], [9], [11]]), kv.pending(offset)
-        given = ForwardInput(tokens, mx.array(offset), 16, adapters=adapters, positions=positions)
+        tokens, places = mx.array([[5], [9], [11]]), kv.pending(offset)
+        given = ForwardInput(tokens, mx.array(offset), 16, adapters=adapters, places=places)
         found += [np.array(each) for each in step(kv, given, SamplingBatch())]
     kv.clear_beyond([12] * ROWS)
-    return [*found, *(np.array(array) for arrays in kv.stored for array in arrays)]
+    return [*found, *(np.array(array) for array in tiny.sides(kv, ROWS, 16))]
 
 
 def check(llama: Llama, adapters: StackedLora | None = None) -> None:

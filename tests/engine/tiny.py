@@ -13,6 +13,8 @@ from tokenizers import models, pre_tokenizers
 
 from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, square_norms, target_shapes
 from engine.checkpoints.loading import LoadedModel
+from engine.models.cache import HoldsKeyValues, KeyValues
+from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
 from stoker.contract import TrainRequest
@@ -81,6 +83,22 @@ def adapter(
             norms = mx.sqrt(square_norms(model.decoder.linears[name]))
             sides["m"] = norms * mx.array(random.uniform(0.5, 2.0, norms.shape).astype(np.float32))
     return LoraWeights(LoraConfig(rank, 2.0 * rank**0.5 if rslora else 2.0 * rank, targets, rslora, dora), matrices)
+
+
+def joint(model: HoldsKeyValues, rows: int, length: int) -> JointKeyValues:
+    """Storage for rows of this length."""
+    made = JointKeyValues(model)
+    made.fit([length] * rows)
+    return made
+
+
+def sides(kv: KeyValues | JointKeyValues, rows: int, length: int) -> list[mx.array]:
+    """Keys and values by layer, (rows, heads, length, width) each."""
+    if isinstance(kv, KeyValues):
+        return [array[:rows, :, :length] for pair in zip(kv.keys, kv.values, strict=True) for array in pair]
+    starts = [kv.segment(row).start for row in range(rows)]
+    held = [mx.stack([array[:, start : start + length] for start in starts]) for array in kv.arrays]
+    return [side for array in held for side in mx.split(array, array.shape[1] // kv.heads, axis=1)]
 
 
 def largest(values: mx.array) -> float:

@@ -18,10 +18,10 @@ KERNEL = KERNELS["attend"]
 def unturned(keys: mx.array, values: mx.array, bits: int) -> AttendInput:
     """One head (rows, dim) of each, at the first position, where nothing is turned and nothing stored."""
     rows, dim = keys.shape
-    stored = packed_kv.pack(mx.zeros((rows, 2, 1, dim)), bits)
+    stored, nothing = packed_kv.pack(mx.zeros((2, rows, dim)), bits), mx.zeros((rows,), mx.int32)
     whole = mx.concatenate([keys, keys, values], axis=1)
     return AttendInput(
-        *(whole, whole, whole, stored, None, mx.zeros((rows,), mx.int32), mx.ones((dim // 2,)), None, None),
+        *(whole, whole, whole, stored, None, nothing, nothing, mx.ones((dim // 2,)), None, None),
         *((0, dim, 2 * dim), 1, 1, dim**-0.5),
         bits=bits,
     )
