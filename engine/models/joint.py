@@ -171,7 +171,11 @@ class JointKeyValues:
     def shrink(self, lengths: Sequence[int]) -> None:
         """Give back what rows of such lengths do not need."""
         self.clear_pending()
-        self._lay_out(*_sizes(lengths))
+        sizes, positions = _sizes(lengths)
+        if positions < self.positions:
+            self._lay_out(sizes, positions)
+        else:
+            del self._segments[len(lengths) :]
 
     def pending(self, offset: np.ndarray, rows: int | None = None) -> JointPlaces:
         """Of a pass over rows at `offset`. `rows`: how many of them are no padding; None: all.

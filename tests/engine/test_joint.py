@@ -151,6 +151,19 @@ def test_a_long_row_makes_no_other_row_longer(tiny_llama: Llama) -> None:
     assert kv.nbytes <= 1.5 * (PADDING + 15 * SMALLEST + 8192) * KeyValues(tiny_llama, 1, 1).nbytes
 
 
+def test_nothing_is_left_of_what_is_behind_a_row_and_of_rows_that_went(tiny_llama: Llama) -> None:
+    """A masked number that is none would make none of a sum: another row may get these positions."""
+    kv = tiny.joint(tiny_llama, 3, 100)
+    kv.arrays = [mx.full(array.shape, mx.nan) for array in kv.arrays]
+    kv.leave(2, 2, 0)
+    source = filled(tiny_llama, 20)
+    for row in range(2):
+        kv.put(row, source, 0, 20)
+    kv.clear_beyond([20, 20])
+    assert all(mx.all(mx.isfinite(array)).item() for array in kv.arrays)
+    assert mx.array_equal(tiny.sides(kv, 2, 20)[0][1], tiny.sides(source, 1, 20)[0][0])
+
+
 def test_what_a_row_leaves_is_another_ones(tiny_llama: Llama) -> None:
     kv = tiny.joint(tiny_llama, 3, 100)
     before, freed = kv.positions, kv.segment(0)
@@ -159,6 +172,9 @@ def test_what_a_row_leaves_is_another_ones(tiny_llama: Llama) -> None:
     assert (kv.positions, kv.segment(2)) == (before, freed)
     kv.shrink([100])
     assert kv.positions < before
+    arrays = list(kv.arrays)
+    kv.shrink([100])
+    assert all(one is other for one, other in zip(kv.arrays, arrays, strict=True)), "each row that waits asks for it"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -70,7 +70,7 @@ def test_what_stays_decides_whether_a_row_could_come_in(model: LoadedModel, tmp_
 
 def test_a_row_that_is_alone_need_not_leave(model: LoadedModel, tmp_path: Path) -> None:
     machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH)
-    machine.seat(SMALLEST_KV_LENGTH - 1)
+    machine.seat(SMALLEST_KV_LENGTH - 1).cached += 1
     assert not machine.budget.must_shrink(1, SMALLEST_KV_LENGTH + 1), "nobody could make way for it"
     machine = Machine(model, tmp_path, 2 * SMALLEST_KV_LENGTH)
     rows = [machine.seat(SMALLEST_KV_LENGTH - 1) for _ in range(2)]
