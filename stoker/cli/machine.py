@@ -187,7 +187,9 @@ def _serve_flower(settings: Settings, address: str, port: int, hosts: list[str])
         from stoker.monitor.command import serve
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        raise ConfigError(f"{name} is missing, which the monitor needs: pip install 'stoker[monitor]'.") from None
+        raise ConfigError(
+            f"{name} is missing, which the monitor needs: pip install '.[monitor]', from a checkout."
+        ) from None
     serve(settings, address, port, frozenset(name.lower() for name in hosts), lambda text: print(text, flush=True))
 
 

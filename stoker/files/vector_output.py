@@ -159,7 +159,7 @@ def _pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError("Parquet needs pyarrow: pip install 'stoker[parquet]'.") from None
+        raise ConfigError("Parquet needs pyarrow: pip install '.[parquet]', from a checkout.") from None
     return pyarrow
 
 

@@ -274,7 +274,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_parquet_holds_the_vectors_as_lists(tmp_path: Path, dtype: str) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'stoker[parquet]'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install '.[parquet]'")
     path = tmp_path / "out.parquet"
     with opened(path, ROWS, job(dtype)) as output:
         output.write(encoded(dtype, 0, 10))

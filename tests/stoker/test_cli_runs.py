@@ -87,7 +87,7 @@ def test_no_run_is_no_error() -> None:
 def test_a_plot_is_drawn_or_says_what_it_needs(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "loss.png"
     if importlib.util.find_spec("matplotlib") is None:
-        with pytest.raises(ConfigError, match=r"pip install 'stoker\[plot\]'"):
+        with pytest.raises(ConfigError, match=r"pip install '\.\[plot\]', from a checkout"):
             invoke("plot", "job-1", "-o", str(out))
         return
     assert invoke("plot", "job-1", "-o", str(out)) == f"{out}\n"

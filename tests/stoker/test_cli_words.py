@@ -378,7 +378,7 @@ def test_the_gateway_is_given_its_names_in_small_letters_and_where_to_listen(mon
 
 def test_a_gateway_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "stoker.gateway.command", None)
-    assert "pip install 'stoker[gateway]'" in refused("serve", "--url", "redis://h:5/2", error=ConfigError)
+    assert "pip install '.[gateway]', from a checkout" in refused("serve", "--url", "redis://h:5/2", error=ConfigError)
 
 
 def test_an_engine_that_is_missing_or_cannot_be_asked_is_a_fault_with_its_remedy(
