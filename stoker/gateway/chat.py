@@ -68,6 +68,7 @@ class ChatBody(OpenAIBody):
         "verbosity": "say it in a message",
         "web_search_options": "models here have no network; leave it out",
     }
+    IDLE: ClassVar[Mapping[str, object]] = {"functions": [], "metadata": {}, "modalities": ["text"]}
 
     messages: Items[ChatMessageBody]
     max_completion_tokens: int | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, field_validator
 
@@ -59,6 +60,9 @@ class ToolCall(Body):
 
 
 class ChatMessageBody(Body):
+    #: OpenAI's own answers have it.
+    IDLE: ClassVar[Mapping[str, object]] = {"annotations": []}
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     #: As answers have it: some templates show a model what it thought before.

@@ -204,7 +204,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"n": 2}, "n"),
-    *(({name: {}}, name) for name in sorted(ResponsesBody.REFUSED)),
+    *(({name: {"x": 1}}, name) for name in sorted(ResponsesBody.REFUSED)),
 ]
 
 
