@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from stoker.cli import inputs
-from stoker.cli.generate import Adapter, MaxTokens, Seed, Temperature, TopP
+from stoker.cli.generate import Adapter, MaxTokens, Temperature, TopP
 from stoker.cli.options import Model, Url, connect, for_output, notes
 from stoker.client import Client
 from stoker.client.options import GenerateOptions
@@ -33,7 +33,7 @@ def chat(
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
-    seed: Seed = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first answer, and counted on: the same talk again.")] = None,
     url: Url = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /help lists what can be typed, /exit or Ctrl-D ends it."""
@@ -56,7 +56,7 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         self.adapter: str | None = None
         self.system: str | None = None
-        #: The seed of the next answer; None: a new one.
+        #: The seed of the next answer, which counts on; None: a new one for each.
         self.seed: int | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self.note(HELP),
@@ -127,7 +127,8 @@ class Conversation:
 
     def _shown(self, messages: list[dict[str, str]]) -> str:
         """Show an answer as it is made. Ctrl-C ends it (and cancels the job); what was said until then counts."""
-        said, seed, self.seed = "", self.seed, None
+        said, seed = "", self.seed
+        self.seed = None if seed is None else (seed + 1) % 2**63
         options: GenerateOptions = {**self._options, "adapter": self.adapter}
         try:
             # To send it takes long where the queue is full, or the broker away.

@@ -191,7 +191,7 @@ def test_a_chat_changes_model_adapter_and_system_and_answers_again(asked: dict[s
     run("chat", "--seed", "7", stdin="\n".join(said))
     roles = [message["role"] for message in asked["prompt"]]
     assert roles == ["system", "user", "assistant", "user"]
-    assert (asked["model"], asked["adapter"], asked["seed"]) == ("instruct", None, None)
+    assert (asked["model"], asked["adapter"], asked["seed"]) == ("instruct", None, 9)
 
 
 def test_a_chat_says_what_can_be_typed() -> None:
@@ -208,6 +208,13 @@ def test_init_writes_files_that_train_and_embed_take_and_overwrites_none(tmp_pat
     done = CliRunner().invoke(app, ["init", str(tmp_path / "new")])
     assert isinstance(done.exception, InvalidRequest)
     assert dataset.read_text() == "mine"
+
+
+def test_init_writes_nothing_where_one_of_its_files_is_there_already(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("mine")
+    done = CliRunner().invoke(app, ["init", str(tmp_path)])
+    assert isinstance(done.exception, InvalidRequest)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"texts.txt"}
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,16 @@ def test_another_try_takes_the_last_answer_back_and_has_a_new_seed(
     talk.take("Hello")
     talk.take("/retry")
     assert client.prompts == [[("user", "Hello")]] * 2
-    assert client.seeds == [7, None], "the first answer alone has the seed that was given"
+    assert client.seeds == [7, 8]
+
+
+def test_a_conversation_with_a_seed_is_the_same_each_time_and_its_answers_have_seeds_of_their_own(
+    client: Refusing, talk: chat.Conversation
+) -> None:
+    talk.seed = 7
+    for said in ("Hello", "And you?", "Well."):
+        talk.take(said)
+    assert client.seeds == [7, 8, 9]
 
 
 def test_the_systems_message_comes_first_and_goes_with_an_empty_one(client: Refusing, talk: chat.Conversation) -> None:
