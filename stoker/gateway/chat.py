@@ -70,7 +70,7 @@ class ChatBody(OpenAIBody):
     }
     IDLE: ClassVar[Mapping[str, object]] = {"functions": [], "metadata": {}, "modalities": ["text"]}
 
-    messages: Items[ChatMessageBody]
+    messages: Items[ChatMessageBody] = Field(min_length=1)
     max_completion_tokens: int | None = None
     #: The older name of the same.
     max_tokens: int | None = None

@@ -116,6 +116,9 @@ def _refusal(error: ValidationError) -> Refused:
         return Refused(400, message, param=where, code="unsupported_parameter")
     if problem["type"] == "value_error":
         said = problem["msg"].removeprefix("Value error, ")
+    elif problem["type"] == "too_short":
+        least = problem["ctx"]["min_length"]
+        said = f"{brief(problem['input'])} given; expected at least {least} item{'s' if least > 1 else ''}"
     elif problem["type"] == "model_type":
         said = f"{brief(problem['input'])} given; expected an object"
     else:

@@ -242,6 +242,9 @@ def test_the_first_field_that_is_wrong_is_said_with_what_is_allowed(
 def test_a_field_of_a_field_is_said_by_its_way_and_one_that_stoker_lacks_with_what_to_do() -> None:
     body = {"model": "m", "messages": SAID, "response_format": {"type": "json_schema", "json_schema": {"strict": True}}}
     assert refusal(lambda: checked_body(chat.ChatBody, body)).param == "response_format.json_schema.name"
+    for body_of, name in ((chat.ChatBody, "messages"), (responses.ResponsesBody, "input")):
+        message = refusal(lambda: checked_body(body_of, {"model": "m", name: []})).message  # noqa: B023
+        assert message == f"{name}: [] given; expected at least 1 item."
     form = {"model": "m", "messages": SAID, "response_format": "json"}
     message = refusal(lambda: checked_body(chat.ChatBody, form)).message
     assert message == "response_format: 'json' given; expected an object."
@@ -440,7 +443,10 @@ def test_a_models_name_has_a_base_and_may_have_an_adapter(name: str, found: tupl
     refused = refusal(lambda: call(Caller(models=frozenset({"other", "another"}))).model(name))
     assert (refused.status, refused.param, refused.code) == (403, "model", "model_not_allowed")
     assert "this key may use another, other" in refused.message
-    assert refusal(lambda: call(Caller()).model("base:")).status == 404
+    for wrong in ("base:", "", ":style"):
+        refused = refusal(lambda: call(Caller()).model(wrong))  # noqa: B023
+        assert (refused.status, refused.param) == (404, "model")
+        assert refused.message == f"model: {wrong!r} given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION."
 
 
 def test_a_job_is_sent_under_the_api_keys_name_or_where_there_are_none_under_the_users() -> None:
@@ -801,6 +807,7 @@ def test_the_arguments_of_a_call_are_the_text_of_an_object(arguments: str, made:
     function = {"name": "add", "arguments": made}
     assert checked_body(ChatMessageBody, body).as_template() == {
         "role": "assistant",
+        "content": "",
         "tool_calls": [{"id": "c", "type": "function", "function": function}],
     }
 
@@ -815,11 +822,18 @@ def test_the_arguments_of_a_call_are_the_text_of_an_object(arguments: str, made:
         ({"role": "tool", "content": "4", "tool_call_id": "c"}, None),
         ({"role": "assistant", "content": "a", "reasoning_content": "b", "name": "n"}, None),
         ({"role": "user", "content": ""}, None),
-        ({"role": "assistant", "tool_calls": []}, {"role": "assistant"}),
+        ({"role": "assistant", "tool_calls": []}, {"role": "assistant", "content": ""}),
     ],
 )  # fmt: skip
 def test_a_message_is_for_the_template_what_it_was(fields: dict[str, Any], made: dict[str, Any] | None) -> None:
     assert checked_body(ChatMessageBody, fields).as_template() == (made or fields)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_a_message_of_any_role_except_the_assistants_says_something(role: str, content: dict[str, Any]) -> None:
+    refused = refusal(lambda: checked_body(ChatMessageBody, {"role": role, **content}))
+    assert (refused.param, refused.message) == ("content", f"content: missing; a message of role {role} has one.")
 
 
 def block(**fields: Any) -> dict[str, Any]:
