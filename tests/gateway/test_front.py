@@ -91,6 +91,25 @@ def test_a_path_or_a_method_that_there_is_not_has_the_form_of_every_error(http: 
         assert answer.headers["x-request-id"]
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (PATH, "POST"),
+        ("/v1/models", "GET, HEAD"),
+        ("/v1/models/a/b", "GET, HEAD"),
+        ("/v1/files", "GET, HEAD, POST"),
+        ("/v1/files/x", "DELETE, GET, HEAD"),
+    ],
+)
+def test_a_method_that_a_path_does_not_take_is_refused_with_those_that_it_takes(
+    http: httpx2.Client, path: str, allowed: str
+) -> None:
+    answer = http.put(path, json={})
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    message = f"PUT {path!r}: another method given; this path takes {allowed}."
+    assert answer.json()["error"]["message"] == message
+
+
 def test_an_error_is_as_long_as_it_says_in_any_language(http: httpx2.Client) -> None:
     answer = http.get("/v1/models/größe-日本")
     assert answer.status_code == 404
