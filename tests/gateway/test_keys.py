@@ -201,7 +201,7 @@ def test_the_command_makes_lists_and_revokes_keys_and_shows_each_once(broker: Se
     assert "team" in shown
     assert any(time.strftime("  %Y-%m-%d  ", day) in shown for day in (before, time.gmtime()))
     assert "60 requests, any tokens a minute; models: m" in shown
-    run("revoke", shown.split()[0])
+    assert run("revoke", shown.split()[0]) == f"{shown.split()[0]}: revoked\n"
     assert run("list", "--json").strip() == "[]"
     with pytest.raises(InvalidRequest, match="none of that name"):
         run("revoke", "000000000000")

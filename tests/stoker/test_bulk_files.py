@@ -292,7 +292,7 @@ def test_parquet_holds_the_vectors_as_lists(tmp_path: Path, dtype: str) -> None:
 
 def test_without_pyarrow_parquet_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"stoker\[parquet\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[parquet\]', from a checkout"):
         check_output(tmp_path / "out.parquet", "float32", overwrite=False)
 
 

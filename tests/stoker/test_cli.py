@@ -295,7 +295,12 @@ def test_a_pipe_is_read_by_its_name_or_as_standard_input(
 @pytest.mark.parametrize(
     ("words", "stdin", "why"),
     [
-        (("embed", "-"), "", "no text in it"),
+        (("embed", "-"), "", "^standard input: no text in it"),
+        (("generate", "-"), " \n", "prompt: standard input given, without a character that is not a space"),
+        (("generate", "-"), "", "prompt: standard input given"),
+        (("generate", ""), "", "prompt: an empty text given"),
+        (("jobs", "cancel", "--kind", "nope"), "", "kind: 'nope' given; embed, generate, train, adapters are allowed"),
+        (("jobs", "purge", "--kind", "nope"), "", "kind: 'nope' given; embed, generate, train, adapters are allowed"),
         (("embed", "-"), "a\n\udcff".encode("utf-8", "surrogateescape"), "standard input, line 2: not UTF-8"),
         (("embed", "-", "-"), "a", "'-' given twice"),
         (("generate", "-"), b"\xff", "standard input is not UTF-8"),
@@ -315,6 +320,19 @@ def test_what_is_wrong_with_standard_input_is_said(
 ) -> None:
     with pytest.raises(InvalidRequest, match=why):
         run(*words, stdin=stdin)
+
+
+def test_ctrl_c_leaves_a_run_going_and_says_how_to_follow_and_to_end_it(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def progress(_: FakeJob) -> Iterator[TrainReport]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeJob, "progress", progress)
+    monkeypatch.setattr(FakeJob, "cancel", lambda _: pytest.fail("it was to go on"))
+    done = CliRunner().invoke(app, ["train", "style", "--dataset", str(tmp_path / "rows.jsonl")])
+    assert done.exit_code == 130
+    assert "the run goes on: `stoker runs attach 3f2c`, `stoker cancel 3f2c`" in done.stderr
 
 
 def test_a_dataset_can_come_from_standard_input_or_a_pipe_or_be_the_workers(
