@@ -25,7 +25,8 @@ from stoker.files.locks import try_lock
 from stoker.files.output import partial_path, state_path
 from stoker.files.requests import RequestFile
 from stoker.files.source import Source
-from stoker.files.vector_output import check_output, npy_layout, opened, safetensors_layout
+from stoker.files.vector_output import check_output, npy_layout, safetensors_layout
+from tests.stoker.vector_files import opened
 
 ROWS, DIM = 23, 12
 VECTORS = np.random.default_rng(3).normal(size=(ROWS, DIM)).astype(np.float32)
