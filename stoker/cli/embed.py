@@ -53,6 +53,8 @@ def embed(
     url: Url = None,
 ) -> None:
     """Turn texts into vectors. An interrupted run of a file continues when the command is given again."""
+    if output is None:
+        inputs.refuse_without_output(in_flight=in_flight, overwrite=overwrite)
     # A wrong `dtype` is the request's to refuse.
     options: EmbedOptions = {
         "truncation": "end" if truncate else "error",

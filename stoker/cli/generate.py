@@ -71,6 +71,8 @@ def generate(
     """
     if prompt == json_schema == inputs.STDIN:
         raise InvalidRequest("json_schema: standard input given, which is the prompt already. Name a file.")
+    if output is None:
+        inputs.refuse_without_output(in_flight=in_flight, overwrite=overwrite)
     options: GenerateManyOptions = {
         "adapter": adapter,
         "max_tokens": max_tokens,
