@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -81,6 +82,19 @@ def test_a_body_that_is_no_request_is_one_clear_error(http: httpx2.Client, fake:
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert len(answer.text) < 2000
+    assert not fake.sent.jobs
+
+
+def test_a_body_that_is_compressed_is_refused_by_its_coding(http: httpx2.Client, fake: AsyncFakeClient) -> None:
+    body = json.dumps({"model": "m", "messages": []}).encode()
+    answer = http.post(
+        PATH, content=gzip.compress(body), headers={"content-type": "application/json", "content-encoding": "gzip"}
+    )
+    assert answer.status_code == 415
+    message = "Content-Encoding: 'gzip' given; send the body as it is, not compressed."
+    assert answer.json()["error"]["message"] == message
+    plain = http.post(PATH, content=body, headers={"content-type": "application/json", "content-encoding": "identity"})
+    assert plain.json()["error"]["param"] == "messages"
     assert not fake.sent.jobs
 
 
