@@ -14,7 +14,7 @@ from stoker.cli.options import Json, Url, connect, print_json
 from stoker.cli.train import follow, outcome
 from stoker.client import Client, TrainJob
 from stoker.errors import ConfigError, InvalidRequest, JobLost
-from stoker.files.durable import remove_folder
+from stoker.files.durable import remove_folder, write_whole
 from stoker.local.runs import PIN_FILE, StoredRun, find_run, stored_runs
 from stoker.settings import load_settings
 
@@ -80,7 +80,7 @@ def plot(
     rates.set_ylabel("learning rate")
     axes.legend()
     try:
-        figure.savefig(out)
+        write_whole(out, figure.savefig)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{out}: cannot be written ({error}).") from None
     print(out)

@@ -91,7 +91,9 @@ class Item(Body):
             return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
         if self.type == "function_call":
             function = {"name": self.name, "arguments": _arguments(self.arguments or "{}")}
-            return {"role": "assistant", "tool_calls": [{"id": self.call_id, "type": "function", "function": function}]}
+            call = {"id": self.call_id, "type": "function", "function": function}
+            # Many templates write the content of each message without a look at it.
+            return {"role": "assistant", "content": "", "tool_calls": [call]}
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 

