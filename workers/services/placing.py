@@ -25,9 +25,10 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from stoker.broker import keys, ledger
-from stoker.contract import Presence
+from stoker.contract import GenerateRequest, Presence
 from stoker.contract.kinds import GENERATE
 from stoker.settings import Settings
+from workers.beginnings import beginnings as beginnings_of
 from workers.services.background import Background
 
 log = logging.getLogger(__name__)
@@ -91,9 +92,14 @@ class Placing:
         except RedisError as error:
             log.info("jobs that were passed on are not recalled: %s", error)
 
+    def names(self, request: GenerateRequest) -> list[str]:
+        """Those of the prompt's beginnings, for `better` and later for `note`; none where no job waits for another
+        worker."""
+        return beginnings_of(request) if self._wait else []
+
     def note(self, beginnings: Sequence[str]) -> None:
         """From now on this worker has them. A broker that does not take it is asked no second time."""
-        if not (self._wait and beginnings):
+        if not beginnings:
             return
         pipeline = self._redis.pipeline(transaction=False)
         for name in beginnings:
@@ -106,7 +112,7 @@ class Placing:
 
     def better(self, model: str, beginnings: Sequence[str]) -> str | None:
         """The worker that has more of the prompt than this place has, and room for the job; None if there is none."""
-        if not (self._wait and beginnings):
+        if not beginnings:
             return None
         try:
             for name, holders in self._holders(beginnings):
