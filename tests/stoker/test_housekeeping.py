@@ -158,6 +158,26 @@ def test_a_run_that_ended_is_removed_and_one_that_goes_on_is_not(fake: Callable[
     assert not going.exists()
 
 
+@pytest.mark.parametrize("status", ["out of memory", "cancelled"])
+def test_a_run_that_failed_and_whose_job_was_sent_again_is_not_removed(fake: Callable[[], Client], status: str) -> None:
+    """A worker goes on from its checkpoints."""
+    with fake() as client:
+        job = client.train("style", [{"text": "d"}], model="smol", job_id="again")
+        folder = make_run(job.id, status=status)
+        with pytest.raises(InvalidRequest, match="run again is queued"):
+            invoke("runs", "remove", "again")
+        assert folder.exists()
+        job.cancel()
+    invoke("runs", "remove", "again")
+    assert not folder.exists()
+
+
+def test_a_run_that_failed_is_removed_where_there_is_no_broker_to_ask() -> None:
+    folder = make_run("failed", status="out of memory")
+    invoke("runs", "remove", "failed")
+    assert not folder.exists()
+
+
 def test_a_run_whose_job_the_broker_has_forgotten_is_removed(fake: Callable[[], Client]) -> None:
     fake()
     folder = make_run("forgotten", status="running")
