@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import queue
 import socket
 import threading
@@ -27,6 +28,7 @@ from redis.exceptions import RedisError
 from stoker.broker import keys, ledger
 from stoker.contract import GenerateRequest, Presence
 from stoker.contract.kinds import GENERATE
+from stoker.local.naming import home_id
 from stoker.settings import Settings
 from workers.beginnings import beginnings as beginnings_of
 from workers.services.background import Background
@@ -186,4 +188,4 @@ def _place(settings: Settings, worker: str) -> str:
     """Workers of one machine and one home read each other's prefixes from the disk, where they keep any there."""
     if not settings.prefix_disk:
         return hashlib.sha256(worker.encode()).hexdigest()[:16]
-    return hashlib.sha256(f"{socket.gethostname()} {settings.home}".encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(f"{socket.gethostname()} {home_id(settings)}")).hexdigest()[:16]
