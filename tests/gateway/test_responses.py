@@ -196,6 +196,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"type": "reasoning", "content": [{"type": "output_text", "text": "x"}]}]}, "input.0"),
     ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input.0"),
     ({"input": [{"type": "function_call", "call_id": "x"}]}, "input.0"),
+    ({"tools": [WEATHER, WEATHER]}, "tools"),
     ({"input": [{"type": "function_call", "call_id": "x", "name": "y", "arguments": "["}]}, "input.0"),
     ({"store": True}, "store"),
     ({"truncation": "auto"}, "truncation"),
