@@ -224,7 +224,10 @@ def test_a_run_that_ends_with_more_reports_than_one_look_takes_has_all_of_them(
 
 
 def test_an_entry_that_cannot_be_read_leaves_a_runs_other_reports() -> None:
-    entries = [{b"entry": report(1).model_dump_json()}, {b"entry": b"{"}, {}, {b"entry": report(4).model_dump_json()}]
+    # A share of no steps is no number: the page would be none either.
+    of_none = report(2).model_copy(update={"steps": 0}).model_dump_json()
+    given = [report(1).model_dump_json(), b"{", of_none, report(4).model_dump_json()]
+    entries: list[dict[bytes, Any]] = [{}, *({b"entry": entry} for entry in given)]
     assert [found.step for found in read_reports(enumerate(entries))] == [1, 4]
 
 
