@@ -111,6 +111,28 @@ def test_a_job_that_goes_back_to_its_queue_is_retried(broker: Settings, redis: A
     watched(broker, steps)
 
 
+def test_queues_of_a_model_that_has_gone_are_asked_for_until_its_jobs_have_ended(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fleet that names its models anew each day had a monitor ask for thousands of them each second."""
+    monkeypatch.setattr(watching, "RARELY", 0.0)
+    send(redis, "job")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        assert {GENERATE, TRAIN} <= watch.mirror.lines.keys()
+        redis.delete(keys.MODELS)
+        await watch.round()
+        assert [*watch.mirror.lines] == [GENERATE]
+        assert ledger.cancel(redis, "job", GENERATE) == "cancelled"
+        await watch.round()
+        assert states(memory) == {"job": "REVOKED"}
+        await watch.round()
+        assert not watch.mirror.lines
+
+    watched(broker, steps)
+
+
 def test_a_dead_letter_is_reported_and_its_retry_too(
     broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
