@@ -227,7 +227,7 @@ def test_a_token_that_the_model_names_is_no_text() -> None:
 
 @pytest.mark.parametrize("begins", [None, True, False])
 @pytest.mark.parametrize("both", [False, True], ids=["two tokens", "one token"])
-@pytest.mark.parametrize("filed", ["begun", "begun and ended"])
+@pytest.mark.parametrize("filed", ["begun", "begun and ended", "ended"])
 def test_a_text_is_begun_and_ended_as_its_files_ask(
     tmp_path: Path, begins: bool | None, both: bool, filed: str
 ) -> None:
@@ -236,7 +236,7 @@ def test_a_text_is_begun_and_ended_as_its_files_ask(
     inner = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
     first, last = 1, 1 if both else 2
     names = [str(inner.id_to_token(index)) for index in (first, last)]
-    single = [names[0], "$A", *names[1:][: filed != "begun"]]
+    single = [*names[: "begun" in filed], "$A", *names[1:][: "ended" in filed]]
     tokens = [*dict.fromkeys(zip(names, (first, last), strict=True))]
     inner.post_processor = processors.TemplateProcessing(single=single, pair=None, special_tokens=tokens)
     inner.save(str(tmp_path / "tokenizer.json"))
@@ -245,4 +245,8 @@ def test_a_text_is_begun_and_ended_as_its_files_ask(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     tokenizer = Tokenizer.from_folder(tmp_path, ends=True)
     ids = tokenizer.encode("heat and heat", special=False)
-    assert tokenizer.encode("heat and heat") == [*([] if begins is False else [first]), *ids, last]
+    assert tokenizer.encode("heat and heat") == [
+        *([first] if "begun" in filed and begins is not False else []),
+        *ids,
+        last,
+    ]
