@@ -64,6 +64,26 @@ def test_a_context_that_is_bounded_by_what_a_model_file_passes_over_is_shown_so(
     assert load("model", [str(tmp_path / "model")]).context == longest
 
 
+@pytest.mark.parametrize("name", ["phi3", "phi", "starcoder2", "smollm3", "mamba", "mamba2"])
+def test_a_context_that_no_file_states_is_shown_as_it_is_served(name: str, tmp_path: Path) -> None:
+    """transformers leaves out of a config.json what is its own default."""
+    bridged.write_folder(tmp_path / "model", name)
+    file = tmp_path / "model" / "config.json"
+    stated = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in stated.items() if key not in LENGTHS}))
+    assert inspect(file.parent).context == load("model", [str(file.parent)]).context
+
+
+#: The names under which a config.json says how long a text may be.
+LENGTHS = {"max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"}
+
+
+@pytest.mark.parametrize("name", ["max_sequence_length", "max_target_positions", "block_size"])
+def test_a_context_of_a_rare_name_is_shown(name: str, tmp_path: Path) -> None:
+    bridged.write_folder(tmp_path / "model", "starcoder2", **{"max_position_embeddings": None, name: 77})
+    assert inspect(tmp_path / "model").context == load("model", [str(tmp_path / "model")]).context == 77
+
+
 def test_real_models_are_described(smollm2: LoadedModel, minilm: LoadedModel) -> None:
     found = inspect(smollm2.path)
     assert (found.format, found.quantization, found.parameters) == ("gguf", "Q4_1", smollm2.parameters)
