@@ -44,7 +44,7 @@ def known(redis: Any, *versions: int) -> None:
 
 def unload(redis: Any, version: int, ago: float = STAY + 60) -> None:
     assert registry.change(redis, "m", "unload", "style", version) is not None
-    redis.hset(STYLE, f"{UNLOADED}{version}", int(redis.time()[0] - ago))
+    redis.hincrby(STYLE, f"{UNLOADED}{version}", -int(ago))
 
 
 def left(root: Path) -> list[str]:
