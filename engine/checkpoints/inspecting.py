@@ -167,6 +167,25 @@ _ARGUMENTS = re.compile(
 _DEFAULT = re.compile(r"^    (\w+): (?:int|Optional\[int\]) = (\d+)$", re.MULTILINE)
 
 
+def check_layers(where: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Before a network is made for mlx-lm's model files, which make each layer before any weight is looked for: raise
+    `ModelError` for more layers than the model has tensors. They would take all memory, and hours."""
+    text = configs.text_config(config)
+    for name in ("num_hidden_layers", *_NAMES["num_hidden_layers"]):
+        _check_count(where, name, text.get(name), tensors)
+
+
+def check_blocks(gguf: GGUF) -> None:
+    """The same of a GGUF file."""
+    name = f"{gguf.metadata.get('general.architecture')}.block_count"
+    _check_count(gguf.path, name, gguf.metadata.get(name), len(gguf.tensors))
+
+
+def _check_count(where: Path, name: str, value: object, tensors: int) -> None:
+    if isinstance(value, int) and value > tensors:
+        raise ModelError(f"{where}: {name} is {value}, and the model has {tensors} tensors; the file is damaged")
+
+
 def _sizes_of_any(config: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes of an architecture that has other names for them; 1 head where a model attends nowhere."""
     found = {
