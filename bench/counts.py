@@ -32,11 +32,14 @@ def counted(home: Path) -> dict[str, float]:
 
 
 def of_steps() -> dict[str, float]:
-    """A decode step of Qwen2.5-0.5B on a GPU, counted from its graph."""
-    from bench.launches import of_a_step
+    """A decode step of Qwen2.5-0.5B on a GPU, and a pass over prompts, counted from their graphs."""
+    from bench.launches import a_prompt, launches, narrow_llama, of_a_step
 
     settings = {"1 row": (1, 0), "32 rows": (32, 0), "32 rows over 8 adapters": (32, 8)}
-    return {f"launches of a step, {name}": of_a_step(*setting).total() for name, setting in settings.items()}
+    steps = {f"launches of a step, {name}": of_a_step(*setting).total() for name, setting in settings.items()}
+    sizes, llama = {"a chunk of 512 tokens": (1, 512), "16 prompts of 64 tokens": (16, 64)}, narrow_llama()
+    prompts = {f"launches of {name}": launches(*a_prompt(llama, *size)).total() for name, size in sizes.items()}
+    return {**steps, **prompts}
 
 
 def of_a_model(home: Path) -> dict[str, float]:

@@ -82,7 +82,13 @@ class IdleEngine:
         return False
 
     def submit(
-        self, job_id: str, request: GenerateRequest | EmbedRequest, data: Any = None, *, deadline: float | None = None
+        self,
+        job_id: str,
+        request: GenerateRequest | EmbedRequest,
+        data: Any = None,
+        *,
+        deadline: float | None = None,
+        sent: float | None = None,
     ) -> Ticket[Any]:
         ticket: Ticket[Any] = Ticket(job_id, request.kind, deadline)
         if isinstance(request, GenerateRequest) and request.max_tokens == 1:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -30,6 +31,7 @@ from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
 from engine.models import cache, fastmath, rope
+from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from engine.models.qwen2 import Qwen2Args
@@ -84,6 +86,43 @@ def a_step(
         return [*made[1], *(array for arrays in made[0] for array in arrays)]
 
     return run, mx.zeros((rows, 1), mx.int32), mx.array(offset)
+
+
+def a_prompt(llama: Llama, rows: int, tokens: int) -> tuple[Callable[..., list[mx.array]], mx.array, mx.array]:
+    """A pass over `tokens` of each of so many prompts, of which they are the last, in the same way."""
+    kv = KeyValues(llama, rows, 2 * tokens)
+    return _several(
+        llama, kv, None, ForwardInput(mx.zeros((rows, tokens), mx.int32), mx.full(rows, 5, dtype=mx.int32), 2 * tokens)
+    )
+
+
+def a_draft(llama: Llama, rows: int, tokens: int) -> tuple[Callable[..., list[mx.array]], mx.array, mx.array]:
+    """A pass over a draft of each row, `tokens` with its newest, in the same way."""
+    with using("metal"):
+        assert llama.kv_sizes.joint
+    kv = JointKeyValues(llama, rows, 256)
+    positions = kv.pending(np.full(rows, 5, np.int32))
+    given = ForwardInput(mx.zeros((rows, tokens), mx.int32), mx.full(rows, 5, dtype=mx.int32), 256, every=True)
+    return _several(llama, kv, positions, given)
+
+
+def _several(
+    llama: Llama, kv: KeyValues | JointKeyValues, positions: mx.array | None, given: ForwardInput
+) -> tuple[Callable[..., list[mx.array]], mx.array, mx.array]:
+    """A greedy pass over several tokens of each row as a function of these and of where they begin; and both."""
+    step, (rows, tokens) = Step(llama, "all"), given.tokens.shape
+    last = None if given.every else mx.full(rows, tokens - 1, dtype=mx.int32)
+    greedy = Draw(GenerateRequest(model="m", prompt="x", temperature=0.0), 0.5)
+    chosen = sampling_batch([greedy] * (rows * tokens if given.every else rows), llama.args.vocab)
+    mx.eval(kv.stored)
+
+    def run(tokens: mx.array, offset: mx.array) -> list[mx.array]:
+        made = step.whole(
+            kv.stored, replace(given, tokens=tokens, offset=offset, last=last, positions=positions), chosen
+        )
+        return [*made[1], *(array for arrays in made[0] for array in arrays)]
+
+    return run, given.tokens, given.offset
 
 
 def launches(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:

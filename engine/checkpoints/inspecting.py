@@ -14,7 +14,7 @@ from engine.checkpoints.sources import naming
 from engine.checkpoints.stored_forms import FLOATS, mlx_form, stored_forms
 from engine.models import allowed
 from engine.models.bridge import configs, gguf_models, package
-from engine.models.fields import Fields
+from engine.models.fields import Fields, renamed
 from engine.models.rerank_files import RerankFiles
 from engine.models.sentence_files import SentenceFiles, model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config, read_object
@@ -27,7 +27,8 @@ from stoker.errors import ModelError
 KINDS = {
     "llama": "generate", "mistral": "generate", "qwen2": "generate", "qwen3": "generate",
     "bert": "embed", "mpnet": "embed", "xlm-roberta": "embed", "roberta": "embed", "modernbert": "embed",
-    "nomic_bert": "embed", "gte": "embed",
+    "nomic_bert": "embed", "gte": "embed", "camembert": "embed", "distilbert": "embed", "electra": "embed",
+    "albert": "embed", "deberta-v2": "embed",
 }  # fmt: skip
 
 
@@ -106,8 +107,8 @@ def _folder(path: Path) -> Inspection:
     reranks = RerankFiles.of(path, config) is not None
     if config.get("model_type") not in KINDS:
         config = {**config, **configs.text_config(config), "model_type": config.get("model_type")}
-    if config.get("model_type") not in KINDS or config.get("model_type") == "nomic_bert":
         config = {**config, **_sizes_of_any(config)}
+    config = renamed(config, allowed.RENAMED.get(str(config.get("model_type")), {}))
     files = safetensors_header.files(folder)
     entries = {name: entry for name, (_, entry) in safetensors_header.entries(folder).items()}
     fields = Fields(config, str(folder / "config.json"))
@@ -315,8 +316,9 @@ def _folder_context(path: Path, config: Mapping[str, Any], fields: Fields, reran
     architecture = config.get("model_type")
     file = None if architecture in KINDS else package.file_of(config)
     usual = allowed.CONTEXT.get(str(architecture)) or _usual_context(file)
-    positions = fields.count("max_position_embeddings", usual)
-    if architecture in ("mpnet", "xlm-roberta", "roberta"):
+    # T5 reads no field of the kind.
+    positions = usual if architecture == "t5" else fields.count("max_position_embeddings", usual)
+    if architecture in ("mpnet", "xlm-roberta", "roberta", "camembert"):
         # Those up to padding's stand for no token; MPNet's padding is 1 throughout.
         positions -= 1 + (1 if architecture == "mpnet" else fields.index("pad_token_id", 1))
     embeds = reranks or KINDS.get(str(architecture)) == "embed" or pools_decoder(path, architecture)

@@ -23,7 +23,7 @@ from engine.models.causal import CausalEncoder
 from engine.models.decoder import Decoder
 from engine.models.embedders import ENCODERS, encoder
 from engine.models.encoder import Encoder
-from engine.models.heads import Dense, Layer
+from engine.models.heads import Head, head_of
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.mistral import MistralArgs
 from engine.models.qwen2 import Qwen2Args
@@ -76,7 +76,7 @@ class LoadedModel:
     embedding: EmbeddingSpec | None = None
     linear_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     #: What the pooled vectors go through (kind "embed" only).
-    heads: Sequence[Layer] = field(default=(), repr=False)
+    heads: Sequence[Head] = field(default=(), repr=False)
     #: In which numbers its weights were asked for: the same files make other weights with another one.
     precision: str = ""
     #: This process's part of a model that ranks share (kind "generate" only); None: all of it is here.
@@ -199,14 +199,14 @@ def _load_encoder(asked: _Load, config: dict[str, Any]) -> LoadedModel:
     model = encoder(config, tensors)
     tensors.finish(ignore=model.unused)
     spec = EmbeddingSpec.from_folder(folder, model.args)
-    behind = [folder_tensors(each.folder, {}, precision, pause)[0] for each in spec.dense]
+    behind = [folder_tensors(each.folder, {}, precision, pause)[0] for each in spec.heads]
     pause()
     tokenizer = Tokenizer.from_folder(inner, lowercase=spec.lowercase, ends=isinstance(model, CausalEncoder))
     pause()
     check_ids(folder, tokenizer, model.args.vocab)
     if model.typed:
         check_segments(folder, tokenizer)
-    heads = [Dense(each, found) for each, found in zip(spec.dense, behind, strict=True)]
+    heads = [head_of(each, found) for each, found in zip(spec.heads, behind, strict=True)]
     measures = _measures([tensors, *behind], asked.start)
     return _embedding(asked, config["model_type"], model, tokenizer, spec, heads, measures)
 
@@ -233,7 +233,7 @@ def _embedding(
     model: Encoder,
     tokenizer: Tokenizer,
     spec: EmbeddingSpec,
-    heads: Sequence[Layer],
+    heads: Sequence[Head],
     measures: dict[str, Any],
     pairing: Pairing | None = None,
 ) -> LoadedModel:

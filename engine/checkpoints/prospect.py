@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from typing_extensions import Unpack
 
 from engine.checkpoints.inspecting import Inspection, inspect
 from engine.checkpoints.loading import PrecisionOptions
 from engine.checkpoints.sources import resolve
+from engine.models.sentence import EmbeddingSpec
 from engine.platform.compiler import on_cpu
 from engine.weights.precision import Precision
 from engine.weights.safetensors_header import FP8
@@ -43,11 +45,24 @@ def prospect(
         kinds=_KINDS[found.kind],
         context=found.context,
         parameters=found.parameters,
-        dim=(1 if found.reranks else found.dim) if found.kind == "embed" else 0,
+        dim=_dim(found),
         reranks=found.reranks,
         chat=found.kind == "generate" and found.chat_template,
     )
     return Prospect(card, _weight_bytes(found, Precision.of(**options)))
+
+
+class _Sizes(NamedTuple):
+    vocab: int
+    dim: int
+    context: int
+
+
+def _dim(found: Inspection) -> int:
+    """The numbers of a vector, behind all that follows the model."""
+    if found.kind != "embed" or found.reranks or not found.path.is_dir():
+        return int(found.reranks)
+    return EmbeddingSpec.from_folder(found.path, _Sizes(found.vocabulary, found.dim, found.context)).dim
 
 
 def _weight_bytes(found: Inspection, asked: Precision) -> int:

@@ -22,7 +22,7 @@ def pairing_of(folder: Path, files: RerankFiles, model: Encoder, tokenizer: Toke
             return FormPairs(tokenizer, forms)
         if files.form == "judge":
             raise ModelError(f"{folder}: it has no chat template, so it is not known how a pair is put to it")
-    elif isinstance(model, Bert):
+    elif isinstance(model, Bert) and model.args.types:
         check_pair_types(folder, tokenizer, model.args.types)
         return SidePairs(tokenizer, model.args.vocab)
     return SidePairs(tokenizer, None)

@@ -23,7 +23,7 @@ from engine.models.bridge import gguf_configs, gguf_models, gguf_weights, packag
 from engine.models.bridge.configs import text_config
 from engine.models.embedders import encoder
 from engine.models.encoder import Encoder
-from engine.models.heads import Dense
+from engine.models.heads import head_of
 from engine.models.llama import Llama
 from engine.models.rerank_files import RerankFiles, without_own
 from engine.models.rerankers import score_heads, spec_of
@@ -126,10 +126,10 @@ def _built(
     if architecture in DECODERS and not pools_decoder(folder, architecture):
         return Llama(DECODERS[architecture].from_config(config), outline), []
     model = encoder(config, outline)
-    dense = EmbeddingSpec.from_folder(folder, model.args).dense
-    for each in dense:
-        Dense(each, _outline(safetensors.read_folder(each.folder), each.folder))
-    return model, [each.folder for each in dense]
+    specs = EmbeddingSpec.from_folder(folder, model.args).heads
+    for each in specs:
+        head_of(each, _outline(safetensors.read_folder(each.folder), each.folder))
+    return model, [each.folder for each in specs]
 
 
 def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from engine.embedding.packing import Grid, near_runs, shapes, shares
 from engine.embedding.pooling import pool_packed
 from engine.models.encoder import Encoder, Group, LayerNormed
 from engine.models.heads import through
+from engine.models.sentence import Pooling
 from engine.platform import blas
 from engine.platform.compiler import on_cpu
 from kernels.mean_pool import KERNEL as MEAN_POOL
@@ -206,7 +207,7 @@ class PaddedForward:
         return graph
 
 
-def pooled(encoder: Encoder, pooling: str, rows: int, width: int) -> Callable[..., mx.array]:
+def pooled(encoder: Encoder, pooling: Pooling, rows: int, width: int) -> Callable[..., mx.array]:
     """(tokens, position_ids, mask or nothing) of a batch `rows` × `width` → vectors (rows, dim), float32."""
 
     def run(tokens: mx.array, position_ids: mx.array, mask: mx.array | None = None) -> mx.array:

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from engine.models.encoder import Group, join, split
+from engine.models.sentence import Pooling
 
 
-def pool_packed(hidden: mx.array, groups: Sequence[Group], pooling: str) -> mx.array:
-    """`pool` of each group of a packed batch (N, dim): (texts, dim), float32, in the batch's order."""
+def pool_packed(hidden: mx.array, groups: Sequence[Group], pooling: Pooling) -> mx.array:
+    """`pool` of each group of a packed batch (N, dim): (texts, dim), float32, in the batch's order. Of several ways of
+    pooling the vectors stand one behind the other."""
+    if not isinstance(pooling, str):
+        return mx.concatenate([pool_packed(hidden, groups, each) for each in pooling], axis=-1)
     parts = zip(split(hidden, groups), groups, strict=True)
     return join([pool(part, group.mask, pooling) for part, group in parts])
 

@@ -121,8 +121,7 @@ _ENCODER: Inert = {
     "chunk_size_feed_forward": (0,),
 }
 
-#: Nomic's own names of sizes, and of what its own code may do and its models do not.
-_NOMIC_FIELDS = ("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "layer_norm_epsilon", "rotary_emb_base")
+#: What Nomic's own code may do and its models do not.
 _NOMIC: Inert = {
     **_names(
         """
@@ -146,6 +145,19 @@ _NOMIC: Inert = {
         ),
         (False,),
     ),
+}  # fmt: skip
+
+#: `model_type` -> what its config.json, or an older form of it, calls fields that BERT's has too.
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "nomic_bert": {
+        "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
+        "layer_norm_epsilon": "layer_norm_eps", "rotary_emb_base": "rope_theta",
+    },
+    "distilbert": {
+        "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+        "hidden_dim": "intermediate_size",
+    },
 }  # fmt: skip
 
 #: `model_type` -> its table.
@@ -232,15 +244,94 @@ TABLES: Mapping[str, Table] = {
         },
     ),
     "nomic_bert": Table(
-        (*_ENCODER_FIELDS, "type_vocab_size", "head_dim", "rope_parameters", "rope_theta", *_NOMIC_FIELDS),
+        (*_ENCODER_FIELDS, "type_vocab_size", "head_dim", "rope_parameters", "rope_theta", *RENAMED["nomic_bert"]),
         {**_ENCODER, **_NOMIC},
     ),
     "gte": Table(
         (*_ENCODER_FIELDS, "type_vocab_size", "head_dim", "rope_parameters", "rope_theta"),
         {**_ENCODER, "position_embedding_type": ("rope",)},
     ),
+    "distilbert": Table(
+        [name for name in _ENCODER_FIELDS if name != "layer_norm_eps"],
+        {
+            **_ENCODER,
+            **_names("dropout qa_dropout seq_classif_dropout sinusoidal_pos_embds tie_weights_"),
+            "activation": ("gelu", "gelu_python"),
+            # Nothing reads it: the norms have this one throughout.
+            "layer_norm_eps": (1e-12,),
+        },
+    ),
+    "electra": Table(
+        (*_ENCODER_FIELDS, "type_vocab_size", "embedding_size"),
+        {
+            **_ENCODER,
+            **_names("summary_activation summary_last_dropout summary_type summary_use_proj"),
+            "position_embedding_type": ("absolute",),
+        },
+    ),
+    "albert": Table(
+        (*_ENCODER_FIELDS, "type_vocab_size", "embedding_size", "num_hidden_groups", "inner_group_num"),
+        {
+            **_ENCODER,
+            **_names("classifier_dropout_prob down_scale_factor gap_size net_structure_type num_memory_blocks"),
+            "layers_to_keep": ([],),
+            "hidden_act": ("gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh"),
+            "position_embedding_type": ("absolute",),
+        },
+    ),
+    "deberta-v2": Table(
+        (
+            *_ENCODER_FIELDS,
+            "type_vocab_size",
+            "embedding_size",
+            "attention_head_size",
+            "relative_attention",
+            "max_relative_positions",
+            "position_buckets",
+            "position_biased_input",
+            "pos_att_type",
+            "share_att_key",
+            "norm_rel_ebd",
+        ),
+        {
+            **_ENCODER,
+            # The head reads those of the pooler.
+            **_names("pooler_dropout pooler_hidden_act pooler_hidden_size cls_dropout legacy"),
+            # Behind the first layer, in some models of version 2.
+            "conv_kernel_size": (0,),
+        },
+    ),
+    "t5": Table(
+        (
+            "d_model",
+            "d_kv",
+            "d_ff",
+            "num_layers",
+            "num_heads",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "head_dim",
+            "vocab_size",
+            "layer_norm_epsilon",
+            "feed_forward_proj",
+            "is_gated_act",
+            "dense_act_fn",
+            "relative_attention_num_buckets",
+            "relative_attention_max_distance",
+        ),
+        {
+            **_COMMON,
+            **_names(
+                "tie_word_embeddings matryoshka_dimensions is_matryoshka dropout_rate initializer_factor n_positions "
+                "num_decoder_layers scale_decoder_outputs"
+            ),
+            "is_encoder_decoder": (True, False),
+            "is_decoder": (False,),
+        },
+    ),
     **dict.fromkeys(
-        ("xlm-roberta", "roberta"),
+        ("xlm-roberta", "roberta", "camembert"),
         Table(
             (*_ENCODER_FIELDS, "type_vocab_size", "pad_token_id"),
             {**_ENCODER, "position_embedding_type": ("absolute",)},
@@ -253,7 +344,8 @@ KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 #: Positions where the file does not say.
 CONTEXT = {
     "llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "bert": 512, "mpnet": 512, "xlm-roberta": 512,
-    "roberta": 512, "modernbert": 8192, "gemma3_text": 131_072, "nomic_bert": 2048, "gte": 8192,
+    "roberta": 512, "modernbert": 8192, "gemma3_text": 131_072, "nomic_bert": 2048, "gte": 8192, "camembert": 512,
+    "distilbert": 512, "electra": 512, "albert": 512, "deberta-v2": 512, "t5": 2048,
 }  # fmt: skip
 #: Mistral's window where the file does not say; null is none.
 MISTRAL_WINDOW = 4096

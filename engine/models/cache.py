@@ -271,6 +271,28 @@ def write(array: mx.array, fresh: mx.array, positions: mx.array) -> None:
     array[mx.array(row), mx.array(head), positions[:, None]] = fresh
 
 
+class Places(NamedTuple):
+    """Where several tokens a row are written: row, head and position of each, uint32 (rows, heads, tokens).
+
+    Rows and heads are constants of the host's. All are unsigned and of the full shape, as in `write`.
+    """
+
+    rows: np.ndarray
+    heads: np.ndarray
+    positions: mx.array
+
+    @classmethod
+    def of(cls, offset: mx.array, heads: int, tokens: int) -> Places:
+        """Of tokens that begin at `offset`, uint32 (rows,)."""
+        row, head, token = np.indices((offset.shape[0], heads, tokens), dtype=np.uint32)
+        return cls(row, head, offset[:, None, None] + mx.array(token))
+
+    def write(self, array: mx.array, fresh: mx.array, first: int = 0) -> None:
+        """Put tokens (rows, heads, tokens, size) into an array, in place, and in one launch. `first`: the array's head
+        that is their first."""
+        array[mx.array(self.rows), mx.array(self.heads + np.uint32(first)), self.positions] = fresh
+
+
 class View:
     """A `LayerCache` over keys and values for one pass: row i's new tokens lie at `offset[i]` and after it.
 
@@ -299,6 +321,7 @@ class View:
         self.offset, self.kv_length, self.exact = offset, kv_length, exact
         (self._rows, self._tokens), self._first = shape, first
         self._positions = offset.astype(mx.uint32)
+        self._written_at: dict[int, Places] = {}
         # With one token, too: a sliding window hides what lies before it.
         self.mask: Mask = ("causal" if exact else self.seen(window)) if mask is None else mask
 
@@ -353,12 +376,17 @@ class View:
             self.states[index] = storage
 
     def _write(self, storage: mx.array, new: mx.array) -> mx.array:
-        if self._rows == storage.shape[0] == 1 and (self._tokens > 1 or on_cpu()):
+        if self._rows == storage.shape[0] == 1 and on_cpu():
             # On a GPU the offset would be computed by a launch of its own, for each layer and side.
             return mx.slice_update(storage, new, self.offset, axes=(2,))
         if self._tokens == 1:
             write(storage, new[:, :, 0], self._positions)
         else:
-            rows, positions = mx.arange(self._rows), self.offset[:, None] + mx.arange(self._tokens)[None]
-            storage[rows[:, None], :, positions] = new.swapaxes(1, 2)
+            self._places(storage.shape[1]).write(storage, new)
         return storage
+
+    def _places(self, heads: int) -> Places:
+        """Where the new tokens of so many heads are written: the same in each layer, which would launch it anew."""
+        if heads not in self._written_at:
+            self._written_at[heads] = Places.of(self._positions, heads, self._tokens)
+        return self._written_at[heads]

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from engine.models.albert import Albert, AlbertArgs
 from engine.models.bert import Bert, BertArgs
 from engine.models.causal import CausalEncoder
+from engine.models.deberta import Deberta, DebertaArgs
+from engine.models.distilbert import DistilBert, DistilBertArgs
+from engine.models.electra import Electra, ElectraArgs
 from engine.models.encoder import Encoder
 from engine.models.gemma3 import Gemma3Args, Gemma3Encoder
 from engine.models.llama import LlamaArgs
@@ -17,6 +21,7 @@ from engine.models.qwen2 import Qwen2Args
 from engine.models.qwen3 import Qwen3Args
 from engine.models.roberta import Roberta, RobertaArgs
 from engine.models.rotary_bert import RotaryBert, RotaryBertArgs
+from engine.models.t5 import T5, T5Args
 from engine.weights.tensors import Tensors
 
 
@@ -34,17 +39,23 @@ _MADE: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
     "modernbert": lambda config, tensors: ModernBert(ModernBertArgs.from_config(config), tensors),
     "xlm-roberta": _roberta,
     "roberta": _roberta,
+    "camembert": _roberta,
+    "distilbert": lambda config, tensors: DistilBert(DistilBertArgs.from_config(config), tensors),
+    "electra": lambda config, tensors: Electra(ElectraArgs.from_config(config), tensors),
+    "albert": lambda config, tensors: Albert(AlbertArgs.from_config(config), tensors),
+    "deberta-v2": lambda config, tensors: Deberta(DebertaArgs.from_config(config), tensors),
     "nomic_bert": _rotary,
     "gte": _rotary,
 }
 ENCODERS = tuple(_MADE)
-#: Those of `sentence_files.POOLED_DECODERS`.
+#: Those of `sentence_files.POOLED`.
 _POOLED: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
     "llama": lambda config, tensors: CausalEncoder(LlamaArgs.from_config(config), tensors),
     "mistral": lambda config, tensors: CausalEncoder(MistralArgs.from_config(config), tensors),
     "qwen2": lambda config, tensors: CausalEncoder(Qwen2Args.from_config(config), tensors),
     "qwen3": lambda config, tensors: CausalEncoder(Qwen3Args.from_config(config), tensors),
     "gemma3_text": lambda config, tensors: Gemma3Encoder(Gemma3Args.from_config(config), tensors),
+    "t5": lambda config, tensors: T5(T5Args.from_config(config), tensors),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the sentence encoders share: the post-norm Transformer block (Vaswani et al., 2017) with exact GELU.
+"""What the sentence encoders share: the post-norm Transformer block (Vaswani et al., 2017), and T5's relative bias.
 
 A batch is packed: the tokens of its texts lie one after the other, (N,), so that the linear layers, nine tenths of the
 work, see no padding. Only attention needs to know which tokens belong together: `Group` says it.
@@ -6,7 +6,8 @@ work, see no padding. Only attention needs to know which tokens belong together:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -44,9 +45,20 @@ class EncoderArgs:
         """The most tokens of a text."""
         return self.positions
 
+    @property
+    def embedded(self) -> int:
+        """Numbers of a token's embedding: `dim`, unless a layer behind it makes that of fewer."""
+        return self.dim
 
-def encoder_sizes(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """The fields of `EncoderArgs` from Hugging Face's config.json. Raises `ModelError` naming the field."""
+    @property
+    def activation(self) -> Callable[[mx.array], mx.array]:
+        """Between the two linear layers of a block."""
+        return gelu
+
+
+def encoder_sizes(config: Mapping[str, Any], architecture: str, norm_eps: float = 1e-12) -> dict[str, Any]:
+    """The fields of `EncoderArgs` from Hugging Face's config.json; `norm_eps`: where that says none. Raises
+    `ModelError` naming the field."""
     TABLES[architecture].check(config, "config.json")
     fields = Fields(config, "config.json")
     return {
@@ -56,18 +68,21 @@ def encoder_sizes(config: Mapping[str, Any], architecture: str) -> dict[str, Any
         "heads": fields.count("num_attention_heads"),
         "vocab": fields.count("vocab_size"),
         "positions": fields.count("max_position_embeddings", CONTEXT[architecture]),
-        "norm_eps": fields.number("layer_norm_eps", 1e-12),
+        "norm_eps": fields.number("layer_norm_eps", norm_eps),
     }
 
 
 class Names(NamedTuple):
-    """What a checkpoint calls the parts of a block's attention."""
+    """What a checkpoint calls the parts of a block. `norm` is behind the attention, `last` behind the block."""
 
     query: str
     key: str
     value: str
     output: str
     norm: str
+    inner: str = "intermediate.dense"
+    outer: str = "output.dense"
+    last: str = "output.LayerNorm"
 
 
 class Group(NamedTuple):
@@ -107,7 +122,7 @@ class Attention:
         def linear(part: str) -> Linear:
             return Linear.take(tensors, f"{layer}.{part}", "", args.dim, args.dim, bias=True)
 
-        self.qkv = _side_by_side(*(linear(part) for part in (names.query, names.key, names.value)))
+        self.qkv = side_by_side(*(linear(part) for part in (names.query, names.key, names.value)))
         self.output = linear(names.output)
         self.norm = LayerNorm.take(tensors, f"{layer}.{names.norm}", args.dim, args.norm_eps)
 
@@ -116,38 +131,47 @@ class Attention:
         for part, addend in zip(split(self.qkv(x), groups), addends, strict=True):
             rows, length, _ = part.shape
             queries, keys, values = part.reshape(rows, length, 3, self.heads, self.head_dim).transpose(2, 0, 3, 1, 4)
-            y = attention(queries, keys, values, scale=self.head_dim**-0.5, mask=addend)
+            y = self.attend(queries, keys, values, addend)
             parts.append(y.swapaxes(1, 2).reshape(rows * length, -1))
         return self.norm.of_sum(x, self.output(join(parts)))
 
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, addend: mx.array | None) -> mx.array:
+        """Of one group, each (rows, heads, length, size). `addend`: what is added to the scores."""
+        return attention(queries, keys, values, scale=self.head_dim**-0.5, mask=addend)
 
-def _side_by_side(*layers: Linear) -> Linear:
-    """The layers as one, whose output is theirs side by side."""
+
+def side_by_side(*layers: Linear) -> Linear:
+    """The layers as one, whose output is theirs side by side; all have a bias, or none."""
     weight = mx.concatenate([layer.weight for layer in layers], axis=1)
-    bias = mx.concatenate([layer.bias for layer in layers if layer.bias is not None])
-    mx.eval(weight, bias)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = mx.concatenate(biases) if biases else None
+    mx.eval(weight, *([] if bias is None else [bias]))
     return Linear("+".join(layer.name for layer in layers), weight, bias)
 
 
 class MLP:
-    def __init__(self, args: EncoderArgs, layer: str, tensors: Tensors):
-        self.inner = Linear.take(tensors, f"{layer}.intermediate.dense", "", args.dim, args.hidden, bias=True)
-        self.outer = Linear.take(tensors, f"{layer}.output.dense", "", args.hidden, args.dim, bias=True)
-        self.norm = LayerNorm.take(tensors, f"{layer}.output.LayerNorm", args.dim, args.norm_eps)
+    def __init__(self, args: EncoderArgs, layer: str, names: Names, tensors: Tensors):
+        self.inner = Linear.take(tensors, f"{layer}.{names.inner}", "", args.dim, args.hidden, bias=True)
+        self.outer = Linear.take(tensors, f"{layer}.{names.outer}", "", args.hidden, args.dim, bias=True)
+        self.norm = LayerNorm.take(tensors, f"{layer}.{names.last}", args.dim, args.norm_eps)
+        self.activation = args.activation
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.norm.of_sum(x, self.update(x))
 
     def update(self, x: mx.array) -> mx.array:
         """What is added to x before the norm."""
-        return self.outer(gelu(self.inner(x)))
+        return self.outer(self.activation(self.inner(x)))
 
 
 class Block:
-    def __init__(self, args: EncoderArgs, index: int, names: Names, tensors: Tensors):
-        layer = f"encoder.layer.{index}"
-        self.attention = Attention(args, layer, names, tensors)
-        self.mlp = MLP(args, layer, tensors)
+    """`layer`: what stands before the names of its tensors. `attention`: in place of the usual one."""
+
+    def __init__(
+        self, args: EncoderArgs, layer: str, names: Names, tensors: Tensors, attention: Attention | None = None
+    ):
+        self.attention = attention or Attention(args, layer, names, tensors)
+        self.mlp = MLP(args, layer, names, tensors)
 
     def __call__(self, x: mx.array, groups: Sequence[Group], addends: Sequence[mx.array | None]) -> mx.array:
         return self.mlp(self.attention(x, groups, addends))
@@ -219,10 +243,51 @@ def past_padding(tokens: NDArray[np.int32], pad: int) -> NDArray[np.int32]:
     return position_ids
 
 
+class RelativeBias:
+    """T5's (Raffel et al., 2020): what a query adds to the score of a key by how far apart they are, in buckets.
+
+    `table`: (buckets, heads). `farthest`: the distance from which on all share the last bucket. `context`: the most
+    tokens of a text.
+    """
+
+    def __init__(self, table: mx.array, farthest: int, context: int):
+        self._context = context
+        #: Row context − 1 + distance: the bias of each head for a key that lies `distance` after its query.
+        self._rows = table[mx.array(_buckets(context, table.shape[0], farthest))]
+        mx.eval(self._rows)
+
+    def __call__(self, length: int) -> mx.array:
+        """(1, heads, length, length)."""
+        positions = mx.arange(length)
+        return self._rows[positions[None, :] - positions[:, None] + self._context - 1].transpose(2, 0, 1)[None]
+
+
+def _buckets(context: int, count: int, farthest: int) -> NDArray[np.int32]:
+    """The bucket of every distance key − query from 1 − context to context − 1.
+
+    Half of the `count` buckets are for keys after the query. In each half, half of them hold a distance each, the rest
+    grow logarithmically up to `farthest`, beyond which all share the last.
+    """
+    distances = np.arange(1 - context, context)
+    half, exact = count // 2, count // 4
+    size = np.abs(distances)
+    ratio = np.log(np.maximum(size, 1).astype(np.float32) / exact) / math.log(farthest / exact)
+    far = np.minimum(exact + (ratio * (half - exact)).astype(np.int32), half - 1)
+    return np.where(size < exact, size, far).astype(np.int32) + half * (distances > 0).astype(np.int32)
+
+
 def unseen(mask: mx.array, dtype: mx.Dtype) -> mx.array:
     """What is added to the scores where the bool `mask` is False. Never a bool mask: fused attention on CUDA knows
     none."""
     return mx.where(mask, 0.0, max(UNSEEN, mx.finfo(dtype).min / 2)).astype(dtype)
+
+
+def addend_of(group: Group, dtype: mx.Dtype, bias: mx.array | None) -> mx.array | None:
+    """What is added to the scores of a group, of which `bias` is that by the places of query and key."""
+    if group.mask is None:
+        return bias
+    hidden = unseen(group.mask[:, None, None, :], dtype)
+    return hidden if bias is None else bias + hidden
 
 
 class PostNorm(LayerNormed):
@@ -230,9 +295,11 @@ class PostNorm(LayerNormed):
 
     args: EncoderArgs
     words: Embedding
-    #: Table of positions (positions, dim).
+    #: Table of positions (positions, `args.embedded`).
     positions: mx.array
     norm: LayerNorm
+    #: From the numbers of an embedding to those of a hidden state, where they are not as many.
+    widened: Linear | None = None
     layers: list[Block]
 
     def position_bias(self, length: int) -> mx.array | None:
@@ -243,20 +310,13 @@ class PostNorm(LayerNormed):
         self, tokens: mx.array, position_ids: mx.array, groups: Sequence[Group]
     ) -> tuple[mx.array, mx.array, LayerNorm]:
         x = self.norm(self.words(tokens) + self.positions[position_ids])
-        addends = [self._addend(group, x.dtype) for group in groups]
+        x = x if self.widened is None else self.widened(x)
+        addends = [addend_of(group, x.dtype, self.position_bias(group.length)) for group in groups]
         for layer in self.layers[:-1]:
             x = layer(x, groups, addends)
         last = self.layers[-1]
         x = last.attention(x, groups, addends)
         return x, last.mlp.update(x), last.mlp.norm
-
-    def _addend(self, group: Group, dtype: mx.Dtype) -> mx.array | None:
-        """What is added to the scores of a group."""
-        bias = self.position_bias(group.length)
-        if group.mask is None:
-            return bias
-        hidden = unseen(group.mask[:, None, None, :], dtype)
-        return hidden if bias is None else bias + hidden
 
     def unused(self, tensor: str) -> bool:
         # The position ids are a buffer; the pooler and the heads serve pre-training.

@@ -10,6 +10,16 @@ from stoker.errors import ModelError
 _LARGEST = 1 << 31
 
 
+def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """`config` with other names for some of its fields. Raises `ModelError` where one is given twice, differently."""
+    found = {name: value for name, value in config.items() if name not in names}
+    for original, name in names.items():
+        value = config.get(original)
+        if value is not None and found.setdefault(name, value) != value:
+            raise ModelError(f"config.json: {original} is {value!r}, and {name}, which is the same, {found[name]!r}")
+    return found
+
+
 class Fields:
     """A view of `values` (parsed JSON or GGUF metadata); `where` is what messages call it."""
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 from engine.models.allowed import CONTEXT, TABLES, Table
 from engine.models.attention import attention, attention_nearby
 from engine.models.encoder import Encoder, Group, join, split, unseen
+from engine.models.fastmath import approximate_gelu
 from engine.models.fields import Fields
 from engine.models.layers import Embedding, Linear, RMSNorm
 from engine.models.rope import LinearScaling, Rope
@@ -125,10 +126,6 @@ def _norm(tensors: Tensors, name: str, dim: int, eps: float) -> RMSNorm:
     return RMSNorm(1.0 + tensors.take(f"{name}.weight", (dim,)), eps)
 
 
-def _approximate_gelu(x: mx.array) -> mx.array:
-    return 0.5 * x * (1.0 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
-
-
 class Attention:
     """Self-attention of every token to those of its own text, or to those nearby."""
 
@@ -177,7 +174,7 @@ class Block:
     def __call__(self, x: mx.array, groups: Sequence[Group], addends: Sequence[mx.array | None]) -> mx.array:
         x = x + self.behind(self.attention(self.before(x), groups, addends))
         inner = self.mlp_before(x)
-        return x + self.mlp_behind(self.down(_approximate_gelu(self.gate(inner)) * self.up(inner)))
+        return x + self.mlp_behind(self.down(approximate_gelu(self.gate(inner)) * self.up(inner)))
 
 
 class Gemma3Encoder(Encoder):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from typing import Protocol
 
 import mlx.core as mx
 
 from engine.models.fastmath import gelu
 from engine.models.layers import LayerNorm, Linear
-from engine.models.sentence import DenseSpec
+from engine.models.sentence import DenseSpec, NormSpec
 from engine.weights.tensors import Tensors
 
 ACTIVATIONS: Mapping[str, Callable[[mx.array], mx.array]] = {
@@ -20,6 +21,14 @@ ACTIVATIONS: Mapping[str, Callable[[mx.array], mx.array]] = {
     "SiLU": lambda x: x * mx.sigmoid(x),
     "GELU": gelu,
 }
+#: That of a LayerNorm of torch's of which nothing else is said.
+_TORCH_EPS = 1e-5
+
+
+class Head(Protocol):
+    """From vectors (texts, in) to vectors (texts, out)."""
+
+    def __call__(self, vectors: mx.array, /) -> mx.array: ...
 
 
 class Layer:
@@ -33,15 +42,18 @@ class Layer:
         return made if self._norm is None else self._norm(made)
 
 
-class Dense(Layer):
-    """sentence-transformers' module of this name."""
-
-    def __init__(self, spec: DenseSpec, tensors: Tensors):
+def head_of(spec: DenseSpec | NormSpec, tensors: Tensors) -> Head:
+    """sentence-transformers' module of this kind, of all of `tensors`. Raises `ModelError`."""
+    made: Head
+    if isinstance(spec, DenseSpec):
         linear = Linear.take(tensors, "linear", "", spec.inputs, spec.outputs, bias=spec.bias)
-        super().__init__(linear, spec.activation)
-        tensors.finish()
+        made = Layer(linear, spec.activation)
+    else:
+        made = LayerNorm.take(tensors, "norm", spec.dim, _TORCH_EPS)
+    tensors.finish()
+    return made
 
 
-def through(heads: Sequence[Layer], vectors: mx.array) -> mx.array:
+def through(heads: Sequence[Head], vectors: mx.array) -> mx.array:
     """The vectors behind all of `heads`, float32."""
     return reduce(lambda x, head: head(x), heads, vectors).astype(mx.float32)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.attention import Mask
-from engine.models.cache import HoldsKeyValues, KeyValues, KvSide, LayerCache, Stored, resized, write
+from engine.models.cache import HoldsKeyValues, KeyValues, KvSide, LayerCache, Places, Stored, resized, write
 from engine.models.layers import RowAdapters
 from kernels.attend import AttendAdapters
 
@@ -194,7 +194,7 @@ class JointRun:
         for array, fresh in zip(self.arrays, stored[1], strict=True):
             write(array, fresh, positions)
         self._rows, self._kv_length, self._side = offset.shape[0], kv_length, side
-        self._positions = (offset[:, None] + mx.arange(tokens))[:, None]
+        self._places = Places.of(offset.astype(mx.uint32), side.heads, tokens)
         self._together = self.arrays[0].shape[1] // (2 * side.heads)
 
     @property
@@ -205,8 +205,8 @@ class JointRun:
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         array, heads = self.arrays[layer // self._together], self._side.heads
         first = 2 * heads * (layer % self._together)
-        rows, sides = mx.arange(self._rows)[:, None, None], mx.arange(first, first + 2 * heads)[None, :, None]
-        array[rows, sides, self._positions] = self._side.pack(mx.concatenate([keys, values], axis=1))
+        self._places.write(array, self._side.pack(keys), first)
+        self._places.write(array, self._side.pack(values), first + heads)
         seen = self._side.unpack(array[: self._rows, first : first + 2 * heads, : self._kv_length])
         return seen[:, :heads], seen[:, heads:]
 

@@ -6,7 +6,6 @@ count from 2, and there are no token types. Names and shapes are those of Huggin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.models.encoder import Block, EncoderArgs, Names, PostNorm, encoder_sizes, past_padding
+from engine.models.encoder import Block, EncoderArgs, Names, PostNorm, RelativeBias, encoder_sizes, past_padding
 from engine.models.layers import Embedding, LayerNorm
 from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
@@ -60,28 +59,11 @@ class MPNet(PostNorm):
         self.positions = tensors.take(f"{table}.position_embeddings.weight", (args.positions, args.dim))
         self.norm = LayerNorm.take(tensors, f"{table}.LayerNorm", args.dim, args.norm_eps)
         bias = tensors.take("encoder.relative_attention_bias.weight", (_BUCKETS, args.heads))
-        #: Row context − 1 + distance: the bias of each head for a key that lies `distance` after its query.
-        self.bias = bias[mx.array(_buckets(args.context))]
-        mx.eval(self.bias)
-        self.layers = [Block(args, index, _NAMES, tensors) for index in range(args.layers)]
+        self.bias = RelativeBias(bias, _MAX_DISTANCE, args.context)
+        self.layers = [Block(args, f"encoder.layer.{index}", _NAMES, tensors) for index in range(args.layers)]
 
     def position_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         return past_padding(tokens, _PAD)
 
     def position_bias(self, length: int) -> mx.array:
-        positions = mx.arange(length)
-        return self.bias[positions[None, :] - positions[:, None] + self.args.context - 1].transpose(2, 0, 1)[None]
-
-
-def _buckets(context: int) -> NDArray[np.int32]:
-    """The bucket of every distance key − query from 1 − context to context − 1.
-
-    Half of the buckets are for keys after the query. In each half the first 8 hold a distance each, the rest grow
-    logarithmically up to `_MAX_DISTANCE`, beyond which all share the last.
-    """
-    distances = np.arange(1 - context, context)
-    half, exact = _BUCKETS // 2, _BUCKETS // 4
-    size = np.abs(distances)
-    ratio = np.log(np.maximum(size, 1).astype(np.float32) / exact) / math.log(_MAX_DISTANCE / exact)
-    far = np.minimum(exact + (ratio * (half - exact)).astype(np.int32), half - 1)
-    return np.where(size < exact, size, far).astype(np.int32) + half * (distances > 0).astype(np.int32)
+        return self.bias(length)

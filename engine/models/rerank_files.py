@@ -14,8 +14,13 @@ from engine.platform.jsonfiles import read_object
 from stoker.errors import ModelError
 
 #: `model_type` of the cross-encoders that are supported, and of the decoders that judge by their next token.
-CLASSIFIERS = ("bert", "xlm-roberta", "roberta", "modernbert", "qwen3")
+CLASSIFIERS = (
+    "bert", "xlm-roberta", "roberta", "camembert", "distilbert", "electra", "albert", "deberta-v2", "mpnet",
+    "modernbert", "qwen2", "qwen3",
+)  # fmt: skip
 JUDGES = ("qwen3",)
+#: Those of both that are decoders, whose pairs may have an instruction.
+DECODERS = ("qwen2", "qwen3")
 _CLASSIFIES = "ForSequenceClassification"
 #: Qwen3-Reranker's first files say nowhere that it is no chat model: this name in that of the folder, or of the
 #: repository in the hub's cache, says it.
@@ -56,7 +61,7 @@ class RerankFiles:
             return None
         _check(form, config)
         prompts, default = sentence.prompts()
-        if form == "classifier" and architecture not in JUDGES and default:
+        if architecture not in DECODERS and default:
             raise ModelError(f"{root}: default_prompt_name {default!r} is not supported for a cross-encoder")
         yes, no = _judgement(sentence, config)
         named = named or config.get("classifier_from_token") is not None

@@ -13,11 +13,14 @@ from engine.models.fields import Fields
 from engine.models.heads import Layer
 from engine.models.layers import Linear
 from engine.models.modernbert import ModernBert, norm_of
-from engine.models.rerank_files import RerankFiles
+from engine.models.rerank_files import DECODERS, RerankFiles
 from engine.models.sentence import EmbeddingSpec
 from engine.text.tokenizer import Tokenizer
 from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
+
+#: What DeBERTa's files call an activation of its pooler.
+_POOLER_ACTIVATIONS = {"gelu": "GELU", "tanh": "Tanh", "relu": "ReLU"}
 
 
 def spec_of(files: RerankFiles, config: Mapping[str, Any], encoder: Encoder) -> EmbeddingSpec:
@@ -37,7 +40,7 @@ def _pooling(config: Mapping[str, Any]) -> str:
         if stated not in ("cls", "mean"):
             raise ModelError(f"config.json: classifier_pooling = {stated!r} is not supported; 'cls' and 'mean' are")
         return str(stated)
-    return "lasttoken" if architecture == "qwen3" else "cls"
+    return "lasttoken" if architecture in DECODERS else "cls"
 
 
 def score_heads(
@@ -59,10 +62,36 @@ def _bert(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list
     return [pooler, Layer(_linear(tensors, "classifier", dim, 1))]
 
 
-def _roberta(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list[Layer]:
+def _roberta(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors, activation: str = "Tanh") -> list[Layer]:
     dim = encoder.args.dim
-    dense = Layer(_linear(tensors, "classifier.dense", dim, dim), "Tanh")
+    dense = Layer(_linear(tensors, "classifier.dense", dim, dim), activation)
     return [dense, Layer(_linear(tensors, "classifier.out_proj", dim, 1))]
+
+
+def _electra(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list[Layer]:
+    return _roberta(config, encoder, tensors, "GELU")
+
+
+def _distilbert(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list[Layer]:
+    dim = encoder.args.dim
+    return [Layer(_linear(tensors, "pre_classifier", dim, dim), "ReLU"), Layer(_linear(tensors, "classifier", dim, 1))]
+
+
+def _albert(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list[Layer]:
+    dim = encoder.args.dim
+    return [Layer(_linear(tensors, "pooler", dim, dim), "Tanh"), Layer(_linear(tensors, "classifier", dim, 1))]
+
+
+def _deberta(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list[Layer]:
+    dim, activation = encoder.args.dim, config.get("pooler_hidden_act") or "gelu"
+    Fields(config, "config.json").only("pooler_hidden_size", dim)
+    if activation not in _POOLER_ACTIVATIONS:
+        raise ModelError(
+            f"config.json: pooler_hidden_act = {str(activation)[:100]!r} is not supported; "
+            f"{', '.join(_POOLER_ACTIVATIONS)} are"
+        )
+    pooler = Layer(_linear(tensors, "pooler.dense", dim, dim), _POOLER_ACTIVATIONS[str(activation)])
+    return [pooler, Layer(_linear(tensors, "classifier", dim, 1))]
 
 
 def _modernbert(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list[Layer]:
@@ -76,7 +105,7 @@ def _modernbert(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -
     return [head, Layer(_linear(tensors, "classifier", args.dim, 1))]
 
 
-def _qwen3(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list[Layer]:
+def _qwen(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list[Layer]:
     return [Layer(_linear(tensors, "score", encoder.args.dim, 1, bias=False))]
 
 
@@ -84,8 +113,15 @@ _CLASSIFIERS: Mapping[str, Callable[[Mapping[str, Any], Encoder, Tensors], list[
     "bert": _bert,
     "xlm-roberta": _roberta,
     "roberta": _roberta,
+    "camembert": _roberta,
+    "mpnet": _roberta,
+    "electra": _electra,
+    "distilbert": _distilbert,
+    "albert": _albert,
+    "deberta-v2": _deberta,
     "modernbert": _modernbert,
-    "qwen3": _qwen3,
+    "qwen2": _qwen,
+    "qwen3": _qwen,
 }
 
 

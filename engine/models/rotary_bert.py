@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from engine.models.allowed import CONTEXT, TABLES, Table
+from engine.models.allowed import CONTEXT, RENAMED, TABLES, Table
 from engine.models.attention import attention
 from engine.models.encoder import Group, LayerNormed, join, split, unseen
 from engine.models.fastmath import gelu, swiglu
-from engine.models.fields import Fields
+from engine.models.fields import Fields, renamed
 from engine.models.layers import Embedding, LayerNorm, Linear
 from engine.models.rope import Rope, check_heads
 from engine.weights.tensors import Tensors
@@ -46,12 +46,6 @@ _GTE = _Parts(
     "encoder.layer", "embeddings.LayerNorm", "attention.qkv_proj", "attention.o_proj", "attn_ln",
     ("mlp.up_gate_proj",), "mlp.down_proj", "mlp_ln", biased=True,
 )  # fmt: skip
-#: What Nomic's own config.json calls a field of transformers'.
-_ORIGINAL = {
-    "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size", "n_positions": "max_position_embeddings", "layer_norm_epsilon": "layer_norm_eps",
-    "rotary_emb_base": "rope_theta",
-}  # fmt: skip
 #: `model_type` -> the base of rope where the file does not say.
 _BASES = {"nomic_bert": 1000.0, "gte": 160_000.0}
 
@@ -80,7 +74,7 @@ class RotaryBertArgs:
         supported."""
         architecture = str(config["model_type"])
         TABLES[architecture].check(config, "config.json")
-        given = _renamed(config) if architecture == "nomic_bert" else config
+        given = renamed(config, RENAMED.get(architecture, {}))
         fields = Fields(given, "config.json")
         dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
         fields.only("head_dim", dim // heads)
@@ -96,16 +90,6 @@ class RotaryBertArgs:
             types=fields.index("type_vocab_size", 1 if architecture == "gte" else 2),
             base=_base(given, architecture),
         )
-
-
-def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` under transformers' names. Raises `ModelError` where a field is given twice, differently."""
-    found = {name: value for name, value in config.items() if name not in _ORIGINAL}
-    for original, name in _ORIGINAL.items():
-        value = config.get(original)
-        if value is not None and found.setdefault(name, value) != value:
-            raise ModelError(f"config.json: {original} is {value!r}, and {name}, which is the same, {found[name]!r}")
-    return found
 
 
 def _base(config: Mapping[str, Any], architecture: str) -> float:

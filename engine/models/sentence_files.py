@@ -94,8 +94,9 @@ _MODEL_CONFIG = Table(
 _RERANKER_CONFIG = Table(
     ("prompts", "default_prompt_name", "activation_fn"), {"__version__": ANYTHING, "model_type": ("CrossEncoder",)}
 )
-#: Decoders by `model_type` that embed where there is a modules.json, and generate where there is none.
-POOLED_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+#: Decoders by `model_type` that embed where there is a modules.json, and generate where there is none; of T5, which is
+#: not run where there is none, the encoder.
+POOLED_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "t5")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.text.pieces import SPACE
 from stoker.errors import ModelError
@@ -24,11 +24,19 @@ _BERT = (
     "SqueezeBertTokenizer", "LayoutLMTokenizer", "LxmertTokenizer",
 )  # fmt: skip
 _BYTE_LEVEL = ("GPT2Tokenizer", "Qwen2Tokenizer", "RobertaTokenizer", "BartTokenizer")
+#: Classes of vocabularies that SentencePiece made.
+_SENTENCES = ("XLMRobertaTokenizer", "CamembertTokenizer", "AlbertTokenizer", "DebertaV2Tokenizer", "T5Tokenizer")
 #: The class that takes the file as it is.
 _GENERIC = "TokenizersBackend"
 #: The class that transformers takes for a model where its files name none.
 _OF_MODEL = {
     "bert": "BertTokenizer",
+    "distilbert": "BertTokenizer",
+    "electra": "BertTokenizer",
+    "camembert": "CamembertTokenizer",
+    "albert": "AlbertTokenizer",
+    "deberta-v2": "DebertaV2Tokenizer",
+    "t5": "T5Tokenizer",
     "mpnet": "MPNetTokenizer",
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
@@ -53,23 +61,35 @@ _DEFAULT_NAMES = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2Tokenizer": _GPT2_NAMES,
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
-    **dict.fromkeys(("RobertaTokenizer", "BartTokenizer", "XLMRobertaTokenizer"), _ROBERTA_NAMES),
-}
+    **dict.fromkeys(
+        ("RobertaTokenizer", "BartTokenizer", "XLMRobertaTokenizer", "CamembertTokenizer"), _ROBERTA_NAMES
+    ),
+    "AlbertTokenizer": {**_BERT_NAMES, "bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "<unk>",
+                        "pad_token": "<pad>"},
+    "DebertaV2Tokenizer": {**_BERT_NAMES, "bos_token": "[CLS]", "eos_token": "[SEP]"},
+    "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+}  # fmt: skip
 
 #: Classes that build the rest themselves, and of which kind the vocabulary is that they take.
 _BUILDERS = {
     **dict.fromkeys(_BERT, models.WordPiece),
     **dict.fromkeys((*_BYTE_LEVEL, "LlamaTokenizer"), models.BPE),
-    "XLMRobertaTokenizer": models.Unigram,
+    **dict.fromkeys(_SENTENCES, models.Unigram),
 }
 #: Classes that put tokens of their own before and behind a text, by the names of those.
 _SURROUND = {
-    **dict.fromkeys((*_BERT, "RobertaTokenizer", "BartTokenizer"), ("cls_token", "sep_token")),
-    "XLMRobertaTokenizer": ("bos_token", "eos_token"),
+    **dict.fromkeys(
+        (*_BERT, "RobertaTokenizer", "BartTokenizer", "AlbertTokenizer", "DebertaV2Tokenizer"),
+        ("cls_token", "sep_token"),
+    ),
+    **dict.fromkeys(("XLMRobertaTokenizer", "CamembertTokenizer"), ("bos_token", "eos_token")),
 }
 
 #: Classes whose pairs have two tokens between the texts, and no token types.
-_UNTYPED = ("MPNetTokenizer", "RobertaTokenizer", "BartTokenizer", "XLMRobertaTokenizer")
+_UNTYPED = ("MPNetTokenizer", "RobertaTokenizer", "BartTokenizer", "XLMRobertaTokenizer", "CamembertTokenizer")
+#: Others that give a model no token types. ALBERT's did until transformers 5 forgot it, so models were trained with
+#: them: it does here.
+_ALSO_UNTYPED = ("DistilBertTokenizer", "T5Tokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")
 
 
 class TokenizerPipeline:
@@ -100,7 +120,7 @@ class TokenizerPipeline:
         stated = self._config.get("model_input_names")
         if isinstance(stated, list):
             return "token_type_ids" in stated
-        return self.name not in (*_UNTYPED, "DistilBertTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")
+        return self.name not in (*_UNTYPED, *_ALSO_UNTYPED)
 
     def built(self, inner: Tokenizer, listed: Sequence[AddedToken] | None) -> Tokenizer:
         """`inner`, changed as the class would. Such a class has no added tokens except those that are `listed`, where
@@ -123,8 +143,10 @@ class TokenizerPipeline:
             self._as_bert(inner)
         elif self.name == "LlamaTokenizer":
             self._as_llama(inner)
-        elif self.name == "XLMRobertaTokenizer":
-            self._as_xlm_roberta(inner)
+        elif self.name == "DebertaV2Tokenizer":
+            self._as_deberta(inner)
+        elif self.name in _SENTENCES:
+            self._as_sentences(inner)
         for step in _steps(inner.pre_tokenizer):
             if isinstance(step, pre_tokenizers.ByteLevel):
                 step.add_prefix_space = self._switch("add_prefix_space", False)
@@ -132,7 +154,12 @@ class TokenizerPipeline:
     def surround(self, inner: Tokenizer, names: Mapping[str, str]) -> None:
         """Put the class's tokens around every text: `names` are its special tokens'. Most leave that to the file."""
         builds = _BUILDERS.get(self.name)
-        if self.name not in _SURROUND or builds is None or not isinstance(inner.model, builds):
+        if builds is None or not isinstance(inner.model, builds):
+            return
+        if self.name == "T5Tokenizer":
+            _end_each(inner, names.get("eos_token", ""))
+        # Of ALBERT's, the file's own goes before.
+        if self.name not in _SURROUND or (self.name == "AlbertTokenizer" and inner.post_processor is not None):
             return
         if isinstance(inner.model, models.WordPiece) and names.get("unk_token"):
             inner.model.unk_token = names["unk_token"]
@@ -166,16 +193,36 @@ class TokenizerPipeline:
         steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         inner.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
 
-    def _as_xlm_roberta(self, inner: Tokenizer) -> None:
+    def _as_sentences(self, inner: Tokenizer) -> None:
         """Words end at any white space, and of what the file does to characters SentencePiece's own table alone is
-        left."""
-        scheme = "always" if self._switch("add_prefix_space", True) else "never"
-        present: Any = inner.normalizer
-        steps = cast(Iterable[Any], present) if isinstance(present, normalizers.Sequence) else [present]
-        inner.normalizer = next((step for step in steps if isinstance(step, normalizers.Precompiled)), None)
+        left, with the class's own steps before it."""
+        prefix = self.name == "T5Tokenizer" or self._switch("add_prefix_space", True)
+        scheme = "always" if prefix else "never"
+        steps = [*(self._of_albert() if self.name == "AlbertTokenizer" else []), *_table(inner)]
+        inner.normalizer = normalizers.Sequence(steps) if steps else None
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)]
         )
+        inner.decoder = decoders.Metaspace(SPACE, prepend_scheme=scheme)
+
+    def _of_albert(self) -> list[Any]:
+        """Its quotation marks, accents and capital letters."""
+        steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+        if not self._switch("keep_accents", False):
+            steps += [normalizers.NFKD(), normalizers.StripAccents()]
+        return [*steps, normalizers.Lowercase()] if self._switch("do_lower_case", True) else steps
+
+    def _as_deberta(self, inner: Tokenizer) -> None:
+        """Its own steps stand around SentencePiece's table. transformers 5 drops that, and so the characters that a
+        model was trained to read by it, such as a space that does not break: nothing says that it should."""
+        small = [normalizers.Lowercase()] if self._switch("do_lower_case", False) else []
+        spaces = normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")
+        inner.normalizer = normalizers.Sequence(
+            [*small, *_table(inner), spaces, normalizers.NFC(), normalizers.Strip(False, True)]
+        )
+        scheme = "always" if self._switch("add_prefix_space", True) else "first"
+        marks = [pre_tokenizers.Punctuation("isolated")] if self._switch("split_by_punct", False) else []
+        inner.pre_tokenizer = pre_tokenizers.Sequence([*marks, pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)])
         inner.decoder = decoders.Metaspace(SPACE, prepend_scheme=scheme)
 
     def _switch(self, name: str, default: bool | None) -> Any:
@@ -183,6 +230,22 @@ class TokenizerPipeline:
         if value is not None and not isinstance(value, bool):
             raise ModelError(f"{self._path}: {name} is {value!r}, not true or false")
         return default if value is None else value
+
+
+def _table(inner: Tokenizer) -> list[Any]:
+    """SentencePiece's own table of characters, if the file has one."""
+    present: Any = inner.normalizer
+    steps = cast(Iterable[Any], present) if isinstance(present, normalizers.Sequence) else [present]
+    return [step for step in steps if isinstance(step, normalizers.Precompiled)][:1]
+
+
+def _end_each(inner: Tokenizer, end: str) -> None:
+    """Put this token behind every text, of a pair too."""
+    index = inner.token_to_id(end)
+    if index is not None:
+        inner.post_processor = processors.TemplateProcessing(
+            single=["$A", end], pair=["$A", end, "$B", end], special_tokens=[(end, index)]
+        )
 
 
 def _with_added(inner: Tokenizer, listed: Sequence[AddedToken] | None) -> Tokenizer:

@@ -26,9 +26,16 @@ _DECODER = _Body("layers.0.input_layernorm.weight", "model.")
 _ENCODER = _Body("embeddings.word_embeddings.weight", "")
 #: `model_type` -> its body; all others are decoders.
 _BODIES = {
-    **dict.fromkeys(("bert", "mpnet", "xlm-roberta", "roberta", "nomic_bert", "gte"), _ENCODER),
+    **dict.fromkeys(
+        (
+            "bert", "mpnet", "xlm-roberta", "roberta", "camembert", "distilbert", "electra", "albert", "deberta-v2",
+            "nomic_bert", "gte",
+        ),
+        _ENCODER,
+    ),
+    "t5": _Body("encoder.final_layer_norm.weight", ""),
     "modernbert": _Body("embeddings.tok_embeddings.weight", ""),
-}
+}  # fmt: skip
 #: The head lies next to the body, not in it.
 _HEAD = "lm_head."
 

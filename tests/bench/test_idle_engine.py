@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench.idle_engine import IdleEngine
+from bench.idle_models import ENCODER, MODEL
+from bench.queue import Bench
+from stoker import Client
 
 WORKERS = Path(__file__).parents[2] / "workers"
 #: What runs in every worker.
@@ -21,3 +24,15 @@ def test_the_idle_engine_has_what_a_worker_asks_of_one(name: str) -> None:
     asked = {word for word in asked if not (WORKERS.parent / "engine" / word).exists()} - {"engine"}
     assert asked
     assert {word for word in asked if not hasattr(IdleEngine(lambda _: None), word)} == set()
+
+
+def test_the_idle_worker_ends_a_job_of_each_kind(tmp_path: Path) -> None:
+    """The benchmarks of the queue and of the gateway are nothing else: where it fails they have no row."""
+    bench = Bench(tmp_path)
+    try:
+        with bench.worker(rate=1000.0), Client(settings=bench.settings) as client:
+            assert client.generate("x", model=MODEL, max_tokens=1).result(30).usage.completion_tokens == 1
+            assert client.generate("x", model=MODEL, max_tokens=3).result(30).usage.completion_tokens == 3
+            assert len(client.embed(["x"], model=ENCODER).result(30)) == 1
+    finally:
+        bench.close()

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from bench.decode_step import random_adapters
-from bench.launches import ATTENTION, a_step, launches, narrow_llama, operations, walked
+from bench.launches import ATTENTION, a_draft, a_prompt, a_step, launches, narrow_llama, operations, walked
 from engine.adapters.stacked import StackedLora
 from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import SamplingBatch
@@ -52,6 +52,24 @@ def test_adapters_add_so_many(llama: Llama) -> None:
     adapters = random_adapters(llama, 32, 8, ATTENTION)
     assert counted(llama, 32, adapters).total() <= 200
     assert walked(*a_step(llama, 32, adapters)) <= 380
+
+
+@pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 512, 298), (16, 64, 322)])
+def test_prompts_launch_what_says_where_they_are_written_once_a_pass(
+    llama: Llama, rows: int, tokens: int, most: int
+) -> None:
+    """It was 344 for one prompt, whose places each layer computed for keys and for values, and 656 for 16."""
+    found = launches(*a_prompt(llama, rows, tokens))
+    assert found.total() <= most, found
+
+
+@pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 5, 299), (8, 3, 371)])
+def test_drafts_launch_what_says_where_they_are_written_once_a_pass(
+    llama: Llama, rows: int, tokens: int, most: int
+) -> None:
+    """It was 371 and 443: keys and values were put together first, to be written at once."""
+    found = launches(*a_draft(llama, rows, tokens))
+    assert found.total() <= most, found
 
 
 @pytest.mark.parametrize("bits", [8, 4])

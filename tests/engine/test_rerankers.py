@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -30,7 +31,23 @@ from tests.thorough import in_turn
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SAID = json.loads((GOLDENS / "rerankers.json").read_text())
 QUERIES, TEXTS = SAID["queries"], SAID["texts"]
-FOLDERS = tuple(SAID["checkpoints"])
+FOLDERS = (
+    "bge-reranker",
+    "ms-marco",
+    "modernbert",
+    "modernbert-mean",
+    "qwen3-judge",
+    "qwen3-classifier",
+    "Qwen3-Reranker-tiny",
+    "distilbert",
+    "camembert",
+    "electra",
+    "albert",
+    "mxbai-rerank",
+    "deberta-v2",
+    "mpnet",
+    "qwen2-classifier",
+)
 FORWARDS: dict[str, Callable[[LoadedModel], Forward]] = {
     "packed": lambda model: PackedForward(model, 2),
     "padded": PaddedForward,
@@ -56,7 +73,7 @@ def scored(model: LoadedModel, query: str, texts: list[str], forward: Forward | 
 
 def queries_of(name: str) -> list[str]:
     """The last one leaves a decoder no room for a text: sentence-transformers scores what is left of the query."""
-    return list(QUERIES[: 2 if "qwen3" in name.lower() else 3])
+    return list(QUERIES[: 2 if "qwen" in name.lower() else 3])
 
 
 @pytest.mark.parametrize(("name", "forward"), in_turn(list(FOLDERS), list(FORWARDS)))
@@ -239,7 +256,7 @@ def copied(tmp_path: Path, name: str, files: Changes, called: str = "model") -> 
     ("name", "files", "cause"),
     [("bge-reranker", {"config": {"id2label": {"0": "a", "1": "b"}}}, "2 labels"),
      ("bge-reranker", {"config": {"id2label": None}}, "2 labels"),
-     ("bge-reranker", {"config": {"model_type": "camembert"}}, "cross-encoder of model_type 'camembert'"),
+     ("bge-reranker", {"config": {"model_type": "nomic_bert"}}, "cross-encoder of model_type 'nomic_bert'"),
      ("bge-reranker", {"config": {"auto_map": {"AutoModel": "own.Own"}}}, "auto_map"),
      ("ms-marco", {"config": {"type_vocab_size": 1}}, "shape"),
      ("ms-marco", {"config": {"sentence_transformers": {"activation_fn": "torch.nn.Tanh"}}}, "activation_fn 'torch.nn"),
@@ -335,3 +352,45 @@ def test_an_embedding_folder_is_no_reranker() -> None:
     for path in (GOLDENS / "vectors").iterdir():
         assert RerankFiles.of(path, json.loads((path / "config.json").read_text())) is None
         assert not inspect(path).reranks
+
+
+def with_head(tmp_path: Path, name: str, kind: str, head: Mapping[str, mx.array]) -> Path:
+    """A copy of a model without one, as what its config.json then calls it."""
+    source, path = GOLDENS / "architectures" / name, tmp_path / "model"
+    shutil.copytree(source, path)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"architectures": [f"{kind}ForSequenceClassification"], "id2label": {"0": "score"}}
+    (path / "config.json").write_text(json.dumps(config))
+    safetensors.write(path / "model.safetensors", {**safetensors.read_folder(source), **head})
+    assert inspect(path).reranks
+    assert verify(path).inspection.reranks
+    return path
+
+
+def test_a_qwen2_with_one_label_scores_by_its_last_token(tmp_path: Path) -> None:
+    """The oracle is the decoder, which generates without the head."""
+    generating = load("it", [str(GOLDENS / "architectures" / "qwen2-tied")])
+    score = mx.random.normal((1, generating.llama.args.dim), key=mx.random.key(4))
+    model = load("it", [str(with_head(tmp_path, "qwen2-tied", "Qwen2", {"score.weight": score}))])
+    assert model.pairing is not None
+    query, texts = "heat", ["the heat", "a b"]
+    for text, found in zip(texts, scored(model, query, texts), strict=True):
+        (tokens,) = model.pairing.encode(query, [text], None)
+        last = np.array(generating.decoder(mx.array([tokens])))[0, -1]
+        assert abs(found - float(last @ np.array(score)[0])) < 1e-4
+
+
+def test_an_mpnet_with_one_label_scores_by_its_first_token(tmp_path: Path) -> None:
+    """The oracle is the encoder, which embeds without the head: two layers, with a tanh between."""
+    embedding = load("it", [str(GOLDENS / "architectures" / "mpnet")])
+    first, second, bias = (mx.random.normal(shape, key=mx.random.key(4)) for shape in ((32, 32), (1, 32), (32,)))
+    head = {
+        "classifier.dense.weight": first, "classifier.dense.bias": bias, "classifier.out_proj.weight": second,
+        "classifier.out_proj.bias": bias[:1],
+    }  # fmt: skip
+    model = load("it", [str(with_head(tmp_path, "mpnet", "MPNet", head))])
+    assert model.pairing is not None
+    (tokens,) = model.pairing.encode("heat", ["the heat"], None)
+    state = embedding.encoder(mx.array([tokens]))[0, 0]
+    wanted = mx.tanh(state @ first.T + bias) @ second[0] + bias[0]
+    assert abs(scored(model, "heat", ["the heat"])[0] - wanted.item()) < 1e-4

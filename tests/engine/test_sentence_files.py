@@ -15,7 +15,7 @@ from engine.checkpoints.inspecting import inspect
 from engine.checkpoints.loading import load
 from engine.checkpoints.verifying import verify
 from engine.models.bert import BertArgs
-from engine.models.sentence import EmbeddingSpec
+from engine.models.sentence import DenseSpec, EmbeddingSpec, Pooling
 from engine.models.sentence_files import SentenceFiles, model_folder
 from engine.text.tokenizer import Tokenizer
 from stoker.errors import ModelError
@@ -49,7 +49,8 @@ def dense(**values: Any) -> dict[str, Any]:
 
 
 def test_a_layer_behind_the_pooling_that_says_nothing_is_sentence_transformers_own(tmp_path: Path) -> None:
-    (found,) = EmbeddingSpec.from_folder(sentence_folder(tmp_path, dense()), ARGS).dense
+    (found,) = EmbeddingSpec.from_folder(sentence_folder(tmp_path, dense()), ARGS).heads
+    assert isinstance(found, DenseSpec)
     assert (found.activation, found.bias, found.inputs, found.outputs) == ("Tanh", True, 8, 4)
 
 
@@ -128,12 +129,13 @@ def test_a_plain_folder_is_bounded_by_its_tokenizer_alone(tmp_path: Path) -> Non
         ),
         (settings(tokenizer_args=[1]), r"tokenizer_args is '\[1\]', not an object"),
         ({"1_Pooling/config.json": {"pooling_mode": "first"}}, "pooling first is not supported"),
-        ({"1_Pooling/config.json": {"pooling_mode": ["mean", "cls"]}}, r"pooling \['mean', 'cls'\] is not supported"),
-        ({"1_Pooling/config.json": {"pooling_mode": None}}, "pooling None is not supported"),
         (
-            {"1_Pooling/config.json": {"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True}},
-            r"pooling \['cls', 'max'\] is not supported",
+            {"1_Pooling/config.json": {"pooling_mode": ["mean", "first"]}},
+            r"pooling \['mean', 'first'\] is not supported",
         ),
+        ({"1_Pooling/config.json": {"pooling_mode": []}}, r"pooling \[\] is not supported; mean, cls, .* and lists of"),
+        ({"1_Pooling/config.json": {"pooling_mode": [["mean"]]}}, r"pooling \[\['mean'\]\] is not supported"),
+        ({"1_Pooling/config.json": {"pooling_mode": None}}, "pooling None is not supported"),
         ({"1_Pooling/config.json": {"pooling_mode_cls_token": 1}}, "pooling_mode_cls_token is 1, not true or false"),
         ({"1_Pooling/config.json": {"pooling_mode_first_token": True}}, "the field pooling_mode_first_token = True"),
         ({"1_Pooling/config.json": {"include_prompt": False}}, "include_prompt = False is not supported"),
@@ -204,12 +206,17 @@ def test_settings_that_change_nothing_are_taken(tmp_path: Path) -> None:
         ({"pooling_mode_lasttoken": True}, "lasttoken"),
         ({"pooling_mode_max_tokens": True}, "max"),
         ({"embedding_dimension": 8, "pooling_mode": ["cls"], "include_prompt": True}, "cls"),
+        ({"pooling_mode": ["mean", "cls"]}, ("mean", "cls")),
+        (
+            {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True, "pooling_mode_cls_token": True},
+            ("cls", "max", "mean"),
+        ),
         ({"pooling_mode": "mean", "pooling_mode_cls_token": True}, "mean"),
     ],
 )
-def test_pooling_is_that_of_sentence_transformers(tmp_path: Path, config: dict[str, Any], pooling: str) -> None:
-    files = {"1_Pooling/config.json": config}
-    assert EmbeddingSpec.from_folder(sentence_folder(tmp_path, files), ARGS).pooling == pooling
+def test_pooling_is_that_of_sentence_transformers(tmp_path: Path, config: dict[str, Any], pooling: Pooling) -> None:
+    spec = EmbeddingSpec.from_folder(sentence_folder(tmp_path, {"1_Pooling/config.json": config}), ARGS)
+    assert (spec.pooling, spec.dim) == (pooling, 8 * (1 if isinstance(pooling, str) else len(pooling)))
 
 
 def test_settings_that_say_nothing_leave_it_to_the_next_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,94 @@ def test_a_text_is_begun_and_ended_as_its_files_ask(
         *ids,
         last,
     ]
+
+
+#: Whole words, letters and marks, and the tokens of each of the classes.
+_PIECES = (
+    ["<pad>", "<s>", "</s>", "<unk>", "[PAD]", "[CLS]", "[SEP]", "[UNK]", "<mask>", "[MASK]"],
+    ["▁the", "▁hot", "hot", "▁", "T", "t", "h", "o", "e", "é", "!", '"'],
+)
+#: A table that leaves every character as it is.
+_TABLE = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024)).decode()
+
+
+def sentences(post_processor: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A Unigram vocabulary whose file makes small letters behind SentencePiece's table."""
+    vocabulary = [[piece, 0.0] for piece in _PIECES[0]] + [[piece, -2.0] for piece in _PIECES[1]]
+    steps = [{"type": "Precompiled", "precompiled_charsmap": _TABLE}, {"type": "Lowercase"}]
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "decoder": None,
+        "normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None,
+        "post_processor": post_processor,
+        "model": {"type": "Unigram", "unk_id": 3, "vocab": vocabulary, "byte_fallback": False},
+    }  # fmt: skip
+
+
+def of_class(tmp_path: Path, name: str, base: dict[str, Any], **switches: Any) -> Tokenizer:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(base))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, **switches}))
+    return Tokenizer.from_folder(tmp_path)
+
+
+_TWICE = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}, *[{"SpecialToken": {"id": "[SEP]", "type_id": 0}}] * 2],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"[SEP]": {"id": "[SEP]", "ids": [6], "tokens": ["[SEP]"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "switches", "text", "tokens"),
+    [("T5Tokenizer", {}, "the  hot\nthe ", "▁the ▁hot ▁the </s>"),
+     ("T5Tokenizer", {"add_prefix_space": False}, "The", "▁ T h e </s>"),
+     ("CamembertTokenizer", {}, "the \t hot", "<s> ▁the ▁hot </s>"),
+     ("CamembertTokenizer", {"add_prefix_space": False}, "hot the", "<s> hot t h e </s>"),
+     ("AlbertTokenizer", {}, "The ``hot''  thé", '[CLS] ▁the ▁ " hot " ▁the [SEP]'),
+     ("AlbertTokenizer", {"keep_accents": True}, "Thé", "[CLS] ▁ t h é [SEP]"),
+     ("AlbertTokenizer", {"do_lower_case": False}, "The", "[CLS] ▁ T h e [SEP]"),
+     ("DebertaV2Tokenizer", {}, " the  hot \n", "[CLS] ▁the ▁hot [SEP]"),
+     ("DebertaV2Tokenizer", {}, "The", "[CLS] ▁ T h e [SEP]"),
+     ("DebertaV2Tokenizer", {"do_lower_case": True}, "The", "[CLS] ▁the [SEP]"),
+     ("DebertaV2Tokenizer", {}, "hot!hot", "[CLS] ▁hot ! hot [SEP]"),
+     ("DebertaV2Tokenizer", {"split_by_punct": True}, "hot!hot", "[CLS] ▁hot ▁ ! ▁hot [SEP]")],
+)  # fmt: skip
+def test_a_class_of_sentencepieces_builds_what_is_its_own(
+    tmp_path: Path, name: str, switches: dict[str, Any], text: str, tokens: str
+) -> None:
+    """Of the file it takes the vocabulary and, ALBERT's, what stands around a text."""
+    assert of_class(tmp_path, name, sentences(), **switches).inner.encode(text).tokens == tokens.split()
+    behind = of_class(tmp_path, name, sentences(_TWICE), **switches).inner.encode(text).tokens
+    assert (behind[-2:] == ["[SEP]", "[SEP]"]) is (name == "AlbertTokenizer")
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "types"),
+    [("t5", "▁the </s> ▁hot </s>", None),
+     ("camembert", "<s> ▁the </s> </s> ▁hot </s>", None),
+     ("albert", "[CLS] ▁the [SEP] ▁hot [SEP]", [0, 0, 0, 1, 1]),
+     ("deberta-v2", "[CLS] ▁the [SEP] ▁hot [SEP]", [0, 0, 0, 1, 1])],
+)  # fmt: skip
+def test_a_pair_of_a_class_that_only_the_model_names_is_put_together_as_it_does(
+    tmp_path: Path, model: str, tokens: str, types: list[int] | None
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(sentences()))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    found = tokenizer.inner.encode("the", "hot")
+    assert found.tokens == tokens.split()
+    assert tokenizer.manners.types is (types is not None)
+    if types is not None:
+        assert found.type_ids == types
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("T5Tokenizer", ["Precompiled"]), ("CamembertTokenizer", ["Precompiled"]), ("DebertaV2Tokenizer", ["Precompiled"]),
+     ("XLMRobertaTokenizer", ["Precompiled"]), ("AlbertTokenizer", ["Lowercase", "Precompiled"])],
+)  # fmt: skip
+def test_of_what_a_file_does_to_characters_its_table_alone_is_left(tmp_path: Path, name: str, left: list[str]) -> None:
+    """With ALBERT's own small letters before it. Of DeBERTa's transformers 5 leaves not even the table."""
+    built = json.loads(of_class(tmp_path, name, sentences()).inner.to_str())
+    kinds = [step["type"] for step in built["normalizer"]["normalizers"]]
+    assert [kind for kind in kinds if kind in ("Precompiled", "Lowercase")] == left

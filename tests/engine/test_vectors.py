@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from engine.checkpoints.inspecting import inspect
 from engine.checkpoints.loading import LoadedModel, load
+from engine.checkpoints.prospect import prospect
 from engine.checkpoints.verifying import verify
 from engine.embedding.forward import Forward, PackedForward, PaddedForward
 from engine.embedding.lane import EmbedLane
@@ -48,6 +49,17 @@ FOLDERS = (
     "embeddinggemma",
     "nomic-bert",
     "gte",
+    "distilbert",
+    "t5",
+    "t5-gated",
+    "camembert",
+    "albert",
+    "electra",
+    "deberta-v3",
+    "deberta-v2",
+    "poolings",
+    "poolings-older",
+    "layer-norm",
 )
 FORWARDS: dict[str, Callable[[LoadedModel], Forward]] = {
     "packed": lambda model: PackedForward(model, 2),
@@ -221,7 +233,7 @@ def test_numbers_of_16_bits_are_pooled_in_32(pooling: str, masked: bool, dtype: 
 
 def test_the_layers_behind_the_pooling_say_how_long_a_vector_is() -> None:
     model = opened("dense")
-    assert model.card(("embed",)).dim == 16
+    assert model.card(("embed",)).dim == prospect("it", [str(model.path)]).card.dim == 16
     assert model.parameters == opened("max").parameters + 32 * 48 + 48 * 16 + 16
     assert verify(model.path).tensors == verify(GOLDENS / "vectors" / "max").tensors + 3
 

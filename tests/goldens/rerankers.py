@@ -1,15 +1,14 @@
 """Tiny random rerankers in the layout of the real folders, and the scores that their own code gives to pairs.
 
-Run in the peers' environment (`make goldens-vectors`). Cross-encoders and folders with sentence-transformers' files are
-asked through its CrossEncoder; `Qwen3-Reranker-tiny`, whose folder has none of them, by the code of its model card.
-Each pair is scored by itself, in float32, before any activation.
+Run in the peers' environment (`make goldens-vectors`); names and `--into` as `vectors.py` has them. Cross-encoders and
+folders with sentence-transformers' files are asked through its CrossEncoder; `Qwen3-Reranker-tiny`, with none of
+them, by the code of its model card. Each pair is scored by itself, in float32, before any activation.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +20,32 @@ import torch
 import transformers
 from sentence_transformers import CrossEncoder
 from sentence_transformers import __version__ as sentence_version
-from tokenizers import Tokenizer, processors
-from vectors import MODERN, QWEN, SIZES, TEXTS, XLMR, byte_level, unigram, word_piece, write
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from vectors import (
+    ALBERT,
+    CAMEMBERT,
+    DEBERTA,
+    DEBERTA_2,
+    DISTILBERT,
+    ELECTRA,
+    MODERN,
+    QWEN,
+    SENTENCES,
+    SIZES,
+    TEXTS,
+    XLMR,
+    albert_config,
+    albert_pieces,
+    asked,
+    byte_level,
+    camembert_config,
+    deberta_config,
+    deberta_pieces,
+    electra_config,
+    unigram,
+    word_piece,
+    write,
+)
 
 HERE = Path(__file__).parent
 QUERIES = [
@@ -65,6 +88,45 @@ def qwen() -> Tokenizer:
     made = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "$A")
     made.add_tokens(["yes", "no"])
     return made
+
+
+def mpnet_pieces() -> Tokenizer:
+    """BERT's kind of vocabulary with RoBERTa's tokens around a text."""
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
+    made.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
+    made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return made
+
+
+def distilbert(rows: int) -> transformers.PreTrainedModel:
+    # An even number for query and text: of an odd one tokenizers 0.23.2 gives the text one more, and 0.23.3 the longer.
+    config = transformers.DistilBertConfig(
+        vocab_size=rows, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=57, num_labels=1
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def mpnet(rows: int) -> transformers.PreTrainedModel:
+    config = transformers.MPNetConfig(
+        vocab_size=rows, **SIZES, intermediate_size=64, max_position_embeddings=58, num_labels=1
+    )
+    return transformers.MPNetForSequenceClassification(config)
+
+
+def deberta(rows: int, **more: Any) -> transformers.PreTrainedModel:
+    config = deberta_config(rows, **{"max_position_embeddings": 56, "num_labels": 1, **more})
+    return transformers.DebertaV2ForSequenceClassification(config)
+
+
+def qwen2(rows: int) -> transformers.PreTrainedModel:
+    config = transformers.Qwen2Config(
+        vocab_size=rows, **SIZES, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=256,
+        num_labels=1, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.Qwen2ForSequenceClassification(config)
 
 
 def xlm_roberta(rows: int) -> transformers.PreTrainedModel:
@@ -120,6 +182,30 @@ def folders() -> dict[str, Folder]:
         "qwen3-classifier": Folder(
             lambda rows: qwen3(rows, head=True), qwen, {**told, "chat_template": TEMPLATE}, True
         ),
+        "distilbert": Folder(distilbert, word_piece, DISTILBERT),
+        "camembert": Folder(
+            lambda rows: transformers.CamembertForSequenceClassification(camembert_config(rows, num_labels=1)),
+            unigram, CAMEMBERT,
+        ),
+        "electra": Folder(
+            lambda rows: transformers.ElectraForSequenceClassification(
+                electra_config(rows, num_labels=1, max_position_embeddings=56)
+            ),
+            word_piece, ELECTRA, own=marco,
+        ),
+        "albert": Folder(
+            lambda rows: transformers.AlbertForSequenceClassification(
+                albert_config(rows, num_labels=1, hidden_act="gelu")
+            ),
+            # Which transformers 5 forgot, and 4 had by itself.
+            albert_pieces, {**ALBERT, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
+        ),
+        "mxbai-rerank": Folder(deberta, deberta_pieces, DEBERTA),
+        "deberta-v2": Folder(
+            lambda rows: deberta(rows, **DEBERTA_2, pooler_hidden_act="tanh"), deberta_pieces, DEBERTA, sentence=True
+        ),
+        "mpnet": Folder(mpnet, mpnet_pieces, {"tokenizer_class": "MPNetTokenizer", "model_max_length": 56}),
+        "qwen2-classifier": Folder(qwen2, qwen, {**told, "chat_template": TEMPLATE}, True),
         "Qwen3-Reranker-tiny": Folder(lambda rows: qwen3(rows, longest=448), qwen, {**told, "model_max_length": 512}),
     }  # fmt: skip
 
@@ -187,7 +273,8 @@ def by_its_card(home: Path) -> tuple[list[int], Scored]:
 
 def main() -> None:
     """Make all, or those that are named, and leave the others as they are."""
-    home, wanted = HERE / "rerankers", sys.argv[1:]
+    wanted, into = asked(list(folders()))
+    home = into / "rerankers"
     said: dict[str, Any] = {}
     if wanted:
         said = json.loads((HERE / "rerankers.json").read_text())["checkpoints"]
@@ -206,7 +293,7 @@ def main() -> None:
         "made_with": {**versions, "torch": torch.__version__}, "queries": QUERIES, "texts": TEXTS,
         "template": TEMPLATE, "checkpoints": said,
     }  # fmt: skip
-    (HERE / "rerankers.json").write_text(json.dumps(content, ensure_ascii=False) + "\n")
+    (into / "rerankers.json").write_text(json.dumps(content, ensure_ascii=False) + "\n")
     spread = {name: float(np.std(each["scores"])) for name, each in said.items()}
     assert min(spread.values()) > 0.05, spread
 

@@ -1,17 +1,18 @@
 """Tiny random embedding models in the layout of the real folders, and the vectors that sentence-transformers makes.
 
-Run in the peers' environment (`make goldens-vectors`). Every folder has what the real ones have: `modules.json`, the
+Run in the peers' environment (`make goldens-vectors`); with names those alone are made, and with `--into FOLDER` in
+another folder than this one. Every folder has what the real ones have: `modules.json`, the
 pooling's config, the settings of the transformer, the prompts, and a tokenizer.json that puts the model's own tokens
 around a text. Each text is encoded by itself, in float32.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,23 +65,42 @@ def old_pooling(*modes: str, **more: Any) -> dict[str, Any]:
     return {"word_embedding_dimension": 32, **{f"pooling_mode_{name}": name in modes for name in names}, **more}
 
 
-def unigram() -> Tokenizer:
-    """XLM-R's kind: a Unigram vocabulary with its `<s> … </s>`."""
+def sentence_pieces(special: list[str], unknown: str, single: str, pair: str) -> Tokenizer:
+    """A Unigram vocabulary of SentencePiece's kind, whose first tokens are the special ones."""
     made = Tokenizer(models.Unigram())
     made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" {2,}", " ")])
     made.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
     made.decoder = decoders.Metaspace("▁", prepend_scheme="always")
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
     trainer = trainers.UnigramTrainer(
-        vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False, initial_alphabet=[]
+        vocab_size=90, special_tokens=special, unk_token=unknown, show_progress=False, initial_alphabet=[]
     )
     made.train_from_iterator(SENTENCES, trainer)
+    around = [(token, index) for index, token in enumerate(special)]
+    made.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=around)
+    return made
+
+
+def unigram() -> Tokenizer:
+    """XLM-R's and CamemBERT's kind, with its `<s> … </s>`."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    made = sentence_pieces(special, "<unk>", "<s> $A </s>", "<s> $A </s> </s> $B </s>")
     # XLM-R's <mask> is the last token, and takes the space before it away.
     made.add_special_tokens([transformers.AddedToken("<mask>", lstrip=True, special=True)])
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
     return made
+
+
+def t5_pieces() -> Tokenizer:
+    return sentence_pieces(["<pad>", "</s>", "<unk>"], "<unk>", "$A </s>", "$A </s> $B </s>")
+
+
+def albert_pieces() -> Tokenizer:
+    special = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+    return sentence_pieces(special, "<unk>", "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
+
+
+def deberta_pieces() -> Tokenizer:
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    return sentence_pieces(special, "[UNK]", "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
 
 
 def byte_level(special: list[str], single: str) -> Tokenizer:
@@ -177,6 +197,50 @@ def xlm_roberta(vocabulary: int, **more: Any) -> transformers.PreTrainedModel:
     )
 
 
+def distilbert(vocabulary: int) -> transformers.PreTrainedModel:
+    config = transformers.DistilBertConfig(
+        vocab_size=vocabulary, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=66
+    )
+    return transformers.DistilBertModel(config)
+
+
+def electra_config(vocabulary: int, **more: Any) -> transformers.PretrainedConfig:
+    sizes = {"embedding_size": 16, "intermediate_size": 64, "max_position_embeddings": 66, "layer_norm_eps": 1e-5}
+    return transformers.ElectraConfig(vocab_size=vocabulary, **SIZES, **{**sizes, **more})
+
+
+def albert_config(vocabulary: int, **more: Any) -> transformers.PretrainedConfig:
+    sizes = {"embedding_size": 16, "intermediate_size": 64, "max_position_embeddings": 66, "layer_norm_eps": 1e-5,
+             "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # fmt: skip
+    return transformers.AlbertConfig(vocab_size=vocabulary, **{**SIZES, **sizes, **more})
+
+
+def camembert_config(vocabulary: int, **more: Any) -> transformers.PretrainedConfig:
+    sizes = {"intermediate_size": 64, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    return transformers.CamembertConfig(vocab_size=vocabulary, **SIZES, **{**sizes, **more})
+
+
+def deberta_config(vocabulary: int, **more: Any) -> transformers.PretrainedConfig:
+    """Version 3's, with so few buckets that long texts share them."""
+    own = {"intermediate_size": 64, "max_position_embeddings": 66, "type_vocab_size": 0, "relative_attention": True,
+           "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p",
+           "position_biased_input": False, "max_relative_positions": -1}  # fmt: skip
+    return transformers.DebertaV2Config(vocab_size=vocabulary, **SIZES, **{**own, **more})
+
+
+#: As far as version 2's differs, and what its models may have and do not.
+DEBERTA_2: dict[str, Any] = {
+    "share_att_key": False, "position_buckets": -1, "max_relative_positions": 12, "norm_rel_ebd": "none",
+    "pos_att_type": "c2p|p2c", "type_vocab_size": 2, "position_biased_input": True,
+}  # fmt: skip
+
+
+def t5(vocabulary: int, **more: Any) -> transformers.PreTrainedModel:
+    own = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "pad_token_id": 0, "eos_token_id": 1,
+           "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}  # fmt: skip
+    return transformers.T5EncoderModel(transformers.T5Config(vocab_size=vocabulary, **{**own, **more}))
+
+
 def modernbert(vocabulary: int, **more: Any) -> transformers.PreTrainedModel:
     """Six layers: of every three the first is global. A window of 4 tokens on either side."""
     own = {"num_hidden_layers": 5, "intermediate_size": 48, "max_position_embeddings": 128, "local_attention": 8,
@@ -205,6 +269,15 @@ GEMMA = {"tokenizer_class": "GemmaTokenizer", "model_max_length": 96, "bos_token
          "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>", "add_bos_token": True,
          "add_eos_token": True}  # fmt: skip
 BERT = {"tokenizer_class": "BertTokenizer", "model_max_length": 96}
+DISTILBERT = {"tokenizer_class": "DistilBertTokenizer", "model_max_length": 96}
+ELECTRA = {"tokenizer_class": "ElectraTokenizer", "model_max_length": 96}
+CAMEMBERT = {**XLMR, "tokenizer_class": "CamembertTokenizer"}
+ALBERT = {"tokenizer_class": "AlbertTokenizer", "model_max_length": 64, "unk_token": "<unk>", "pad_token": "<pad>",
+          "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "bos_token": "[CLS]",
+          "eos_token": "[SEP]"}  # fmt: skip
+DEBERTA = {**ALBERT, "tokenizer_class": "DebertaV2Tokenizer", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+T5 = {"tokenizer_class": "T5Tokenizer", "model_max_length": 96, "eos_token": "</s>", "unk_token": "<unk>",
+      "pad_token": "<pad>", "extra_ids": 0}  # fmt: skip
 TASKS = {"prompts": {"query": "task: search result | query: ", "document": "title: none | text: "},
          "default_prompt_name": None}  # fmt: skip
 INSTRUCT = {"prompts": {"query": "instruct the model to search\nquery:", "document": ""}, "default_prompt_name": None}
@@ -221,7 +294,7 @@ def folders() -> dict[str, Folder]:
     cls, mean = ("Pooling", old_pooling("cls_token")), ("Pooling", old_pooling("mean_tokens"))
     normalize: tuple[str, None] = ("Normalize", None)
 
-    def pooled(mode: str, *more: tuple[str, Mapping[str, Any] | None], **options: Any) -> Folder:
+    def pooled(mode: str | list[str], *more: tuple[str, Mapping[str, Any] | None], **options: Any) -> Folder:
         pooling = ("Pooling", {"embedding_dimension": 32, "pooling_mode": mode, "include_prompt": True})
         return Folder(xlm_roberta, unigram, XLMR, [pooling, *more], **options)
 
@@ -247,6 +320,54 @@ def folders() -> dict[str, Folder]:
         "nomic-bert": Folder(nomic, word_piece, BERT, [mean], saved=True),
         "gte": Folder(gte, unigram, XLMR, [cls, normalize], saved=True),
         "qwen3-embedding": Folder(qwen3, qwen_bpe, QWEN, [last, normalize], settings=None, prompts=INSTRUCT),
+        "distilbert": Folder(distilbert, word_piece, DISTILBERT, [mean], prefix="distilbert."),
+        "t5": Folder(t5, t5_pieces, T5, [mean, dense(32, 48, IDENTITY, bias=False), normalize], saved=True),
+        "t5-gated": Folder(
+            lambda rows: t5(rows, d_kv=16, feed_forward_proj="gated-gelu"),
+            t5_pieces,
+            T5,
+            [mean, normalize],
+            saved=True,
+        ),
+        "camembert": Folder(
+            lambda rows: transformers.CamembertModel(camembert_config(rows)),
+            unigram,
+            CAMEMBERT,
+            [mean],
+            prefix="roberta.",
+        ),
+        "albert": Folder(
+            lambda rows: transformers.AlbertModel(albert_config(rows, num_hidden_layers=4, num_hidden_groups=2)),
+            albert_pieces,
+            ALBERT,
+            [mean],
+            prefix="albert.",
+        ),
+        "electra": Folder(
+            lambda rows: transformers.ElectraModel(electra_config(rows)), word_piece, ELECTRA, [cls], prefix="electra."
+        ),
+        "deberta-v3": Folder(
+            lambda rows: transformers.DebertaV2Model(deberta_config(rows)),
+            deberta_pieces,
+            DEBERTA,
+            [mean],
+            prefix="deberta.",
+        ),
+        "deberta-v2": Folder(
+            lambda rows: transformers.DebertaV2Model(deberta_config(rows, **DEBERTA_2)),
+            deberta_pieces,
+            {**DEBERTA, "do_lower_case": True, "split_by_punct": True},
+            [cls, normalize],
+            saved=True,
+        ),
+        "poolings": pooled(["weightedmean", "cls", "mean_sqrt_len_tokens"]),
+        "poolings-older": Folder(
+            xlm_roberta,
+            unigram,
+            XLMR,
+            [("Pooling", old_pooling("mean_tokens", "lasttoken", "max_tokens", "cls_token")), normalize],
+        ),
+        "layer-norm": pooled("mean", ("LayerNorm", {"dimension": 32}), dense(32, 16, TANH), normalize),
     }
 
 
@@ -284,15 +405,31 @@ def make(home: Path, folder: Folder, generator: torch.Generator) -> None:
             shapes |= {"linear.bias": (config["out_features"],)} if config["bias"] else {}
             heads = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
             save_file(heads, home / path / "model.safetensors", {"format": "pt"})
+        if kind == "LayerNorm" and config is not None:
+            weight, bias = (torch.randn(config["dimension"], generator=generator) for _ in range(2))
+            norm = {"norm.weight": weight, "norm.bias": bias}
+            save_file(norm, home / path / "model.safetensors", {"format": "pt"})
     write(home / "modules.json", modules)
     if folder.settings is not None:
         write(home / "sentence_bert_config.json", folder.settings)
     write(home / "config_sentence_transformers.json", {"__version__": {"pytorch": "2"}, **folder.prompts})
 
 
+def asked(known: Sequence[str]) -> tuple[list[str], Path]:
+    """The names of the command line, of those that there are, and where to make them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="make these alone, and leave the others as they are")
+    parser.add_argument("--into", type=Path, default=HERE, help="another folder than that of the script")
+    given = parser.parse_args()
+    if unknown := sorted(set(given.names) - set(known)):
+        parser.error(f"none is called {', '.join(unknown)}; there are {', '.join(known)}")
+    return given.names, given.into
+
+
 def main() -> None:
     """Make all, or those that are named, and leave the others as they are."""
-    home, wanted = HERE / "vectors", sys.argv[1:]
+    wanted, into = asked(list(folders()))
+    home = into / "vectors"
     arrays, said = {}, {}
     if wanted:
         arrays = dict(np.load(HERE / "vectors.npz"))
@@ -310,10 +447,10 @@ def main() -> None:
             arrays[f"{name}.query"] = np.stack([oracle.encode(text, prompt_name="query") for text in TEXTS])
         ids = [oracle.preprocess([text])["input_ids"][0].tolist() for text in TEXTS]
         said[name] = {"longest": oracle.max_seq_length, "token_ids": ids}
-    np.savez_compressed(HERE / "vectors.npz", **arrays)
+    np.savez_compressed(into / "vectors.npz", **arrays)
     versions = {"transformers": transformers.__version__, "sentence-transformers": sentence_version}
     content = {"made_with": {**versions, "torch": torch.__version__}, "texts": TEXTS, "checkpoints": said}
-    (HERE / "vectors.json").write_text(json.dumps(content, ensure_ascii=False) + "\n")
+    (into / "vectors.json").write_text(json.dumps(content, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

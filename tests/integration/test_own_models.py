@@ -26,9 +26,10 @@ EMBEDDERS = [
     CHECKPOINTS / "mpnet",
     VECTORS / "modernbert",
     VECTORS / "qwen3-embedding",
+    VECTORS / "t5",
 ]
 
-RERANKERS = [VECTORS.parent / "rerankers" / name for name in ("bge-reranker", "Qwen3-Reranker-tiny")]
+RERANKERS = [VECTORS.parent / "rerankers" / name for name in ("bge-reranker", "mxbai-rerank", "Qwen3-Reranker-tiny")]
 
 
 def bridged(folder: Path, *names: str) -> list[str]:

@@ -115,6 +115,11 @@ def unknown(kind: object, own: tuple[str, ...]) -> ModelError:
     """What to say of a `model_type` that neither this engine (`own`) nor mlx-lm has."""
     if isinstance(kind, str) and REMAPPING.get(kind, kind) in REFUSED:
         return ModelError(f"architecture {kind!r} is not supported: {REFUSED[REMAPPING.get(kind, kind)]}")
+    if kind == "t5":
+        return ModelError(
+            "architecture 't5' generates no text here; its encoder makes vectors, of a folder with a modules.json of "
+            "sentence-transformers"
+        )
     known = sorted({*own, *files(), *REMAPPING} - REFUSED.keys())
     near = difflib.get_close_matches(kind, known, n=3, cutoff=0.5) if isinstance(kind, str) else []
     said = f"; the nearest names are {', '.join(near)}" if near else ""
