@@ -251,6 +251,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": "required", "regex": "a"}, "tool_choice"),
     ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+    ({"tools": [WEATHER, WEATHER]}, "tools"),
+    ({"tools": [WEATHER, WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tools"),
     ({"max_tokens": 4, "max_completion_tokens": 4}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": 10**6}, "max_completion_tokens"),

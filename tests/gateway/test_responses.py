@@ -107,6 +107,16 @@ def test_a_response_repeats_what_was_asked_for(api: openai.OpenAI, fake: AsyncFa
         assert answer.tool_choice.name == "weather"
 
 
+def test_a_call_without_arguments_comes_back_as_one_of_chats_does(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
+    fake.script.generate("Rain.")
+    call: Any = {"type": "function_call", "call_id": "a", "name": "time", "arguments": ""}
+    result: Any = {"type": "function_call_output", "call_id": "a", "output": "noon"}
+    ask(api, input=[{"role": "user", "content": "Hello"}, call, result])
+    (_, called, _) = fake.sent.generate[0].messages or ()
+    assert called.tool_calls is not None
+    assert called.tool_calls[0]["function"] == {"name": "time", "arguments": {}}
+
+
 def test_an_answer_with_several_calls_that_comes_back_is_one_message_as_in_chats(
     api: openai.OpenAI, fake: AsyncFakeClient
 ) -> None:
@@ -206,6 +216,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"type": "reasoning", "content": [{"type": "output_text", "text": "x"}]}]}, "input.0"),
     ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input.0"),
     ({"input": [{"type": "function_call", "call_id": "x"}]}, "input.0"),
+    ({"tools": [WEATHER, WEATHER]}, "tools"),
     ({"input": [{"type": "function_call", "call_id": "x", "name": "y", "arguments": "["}]}, "input.0"),
     ({"store": True}, "store"),
     ({"truncation": "auto"}, "truncation"),
