@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from stoker.address import Address
-from stoker.catalogue import from_anywhere, parse_models
+from stoker.catalogue import draft_from_anywhere, drafts_of, from_anywhere
 from stoker.contract.names import Rule, checked
 from stoker.errors import ConfigError
 from stoker.local.home import make_home
@@ -39,7 +39,7 @@ def install(
     found = load_settings()
     environment = _environment(Service.of(found, name), model, url)
     settings = settings_of(environment)
-    parse_models((*settings.models, *settings.on_demand))
+    drafts_of(settings)
     if name is not None:
         checked(Rule.JOB_ID, "name", name)
     worker_command(settings, "any")  # refuses an installation that has no worker
@@ -112,6 +112,10 @@ def _models(value: str) -> str:
     return ",".join(from_anywhere(part.strip()) for part in value.split(",") if part.strip()) or ","
 
 
+def _drafts(value: str) -> str:
+    return ",".join(draft_from_anywhere(part.strip()) for part in value.split(",") if part.strip()) or ","
+
+
 def _path(value: str) -> str:
     return os.path.abspath(os.path.expanduser(value))
 
@@ -130,6 +134,7 @@ def _library(value: str) -> str:
 _MEANT: Mapping[str, Callable[[str], str]] = {
     "MODELS": _models,
     "ON_DEMAND": _models,
+    "DRAFT_MODELS": _drafts,
     "DATA": _path,
     "ARTIFACTS": _store,
     "BLAS": _library,
