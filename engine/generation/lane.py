@@ -60,11 +60,11 @@ class GenerateLane:
         self.shelf, self._clock, self._agreed = shelf, clock or time.perf_counter, agreed
         self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
-        self.step = Step(self._decoder, self.limits.compiled or usual())
+        compiled = self.limits.compiled or usual()
+        self.step = Step(self._decoder, compiled)
         chunk = CHUNK_OF_LAUNCHES if self.step.prompt_buckets else CHUNK
         self._pacer = LanePacer(self.limits.stall, chunk)
-        draft, vocabulary = model.draft, self._decoder.args.vocab
-        drafts = None if draft is None else DraftModel(draft, vocabulary, self.limits.compiled or usual())
+        drafts = None if model.draft is None else DraftModel(model.draft, self._decoder.args.vocab, compiled)
         self.drafter = Drafter(drafts, self._clock)
         #: When the last step ended.
         self._ended = 0.0

@@ -108,12 +108,16 @@ def _from_anywhere(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _models(value: str) -> str:
-    """A comma alone is no model, where nothing would be the default."""
-    return ",".join(from_anywhere(part.strip()) for part in value.split(",") if part.strip()) or ","
+    return _each(value, from_anywhere)
 
 
 def _drafts(value: str) -> str:
-    return ",".join(draft_from_anywhere(part.strip()) for part in value.split(",") if part.strip()) or ","
+    return _each(value, draft_from_anywhere)
+
+
+def _each(value: str, meant: Callable[[str], str]) -> str:
+    """A comma alone is no model, where nothing would be the default."""
+    return ",".join(meant(part.strip()) for part in value.split(",") if part.strip()) or ","
 
 
 def _path(value: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from tokenizers import models
 
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
@@ -237,8 +238,11 @@ def test_rows_that_lose_their_slots_lose_no_token_and_no_memory_goes_beyond_its_
     tight = drafting(model, pool, small(), slots=4, kv_bytes=330_000)
     found = [tight.send(one) for one in requests]
     while tight.lane.busy:
+        waiting = set(tight.lane.waiting)
         tight.step()
         assert tight.lane.kv_bytes <= 330_000
+        for row in waiting & set(tight.lane.waiting):
+            assert model_of(tight).unread(row) == row.length, "of a row that has no slot it has nothing"
     assert tight.lane.preempted > 0
     assert model_of(tight).drafted > 0
     assert [one.ids for one in found] == [one.ids for one in wanted]
@@ -373,6 +377,24 @@ def test_a_model_that_gives_no_numbers_costs_nothing_except_time(
     assert [record.getMessage() for record in caplog.records] == [
         "draft model small gives numbers that are not finite: rows go on without it"
     ]
+
+
+def test_a_row_whose_draft_gave_no_numbers_is_drafted_for_no_more(pool: AdapterPool) -> None:
+    """The drafted token's row of the weights is damaged, which ordinary decoding never comes to."""
+    mx.random.seed(7)
+    llama, bad = Llama(TINY, RandomTensors()), 60
+    llama.embed_tokens.weight[bad] = mx.nan
+    head = llama.head
+    llama.head = lambda hidden: mx.where(mx.arange(61) == bad, 0.0, head(hidden))  # type: ignore[method-assign]
+    damaged, draft = tiny.loaded(llama, eos_ids=[]), small()
+    own = draft.llama.head
+    draft.llama.head = lambda hidden: mx.where(mx.arange(61) == bad, 1e4, own(hidden))  # type: ignore[method-assign]
+    one = request([3, 1, 4], max_tokens=24, logit_bias={bad: -100.0})
+    wanted, driver = ordinary(damaged, pool, one), drafting(damaged, pool, draft, width=5)
+    sent = driver.send(one)
+    driver.run()
+    assert sent.ids == wanted.ids
+    assert driver.lane.load.drafted == 4
 
 
 @pytest.mark.parametrize("method", ["read", "draft"])
@@ -643,6 +665,11 @@ def test_a_model_of_another_vocabulary_is_refused_with_what_differs(
         r"not, and 21 of 61 tokens differ so. .*take it out of STOKER_DRAFT_MODELS",
     ):
         joined(monkeypatch, model, small(vocab=40))
+    draft = small()
+    ids = {f"t{index}": index for index in range(61)} | {"t8": 9, "t9": 8}
+    draft.tokenizer.inner.model = models.WordLevel(ids, unk_token="t0")
+    with pytest.raises(ModelError, match=r"token 8 is 't8': small has it as 9, and 2 of 61 tokens differ so"):
+        joined(monkeypatch, model, draft)
 
 
 def test_a_model_that_cannot_draft_or_be_drafted_for_is_refused(
