@@ -43,12 +43,12 @@ class _Seat:
         return self.row.slot >= 0 and self.row.epoch == self.epoch
 
     def settle(self) -> None:
-        """Count those of the drafted tokens that have come, except the row's newest: a pass needs one to read."""
-        for drafted, came in zip(self.fed, self.row.behind(self.cached)[:-1], strict=False):
+        """Count those of the drafted tokens that have come. The newest is read again: a pass needs one to read."""
+        for drafted, came in zip(self.fed, self.row.behind(self.cached), strict=False):
             if drafted != came:
                 break
             self.cached += 1
-        self.fed = []
+        self.cached, self.fed = min(self.cached, self.row.length - 1), []
 
 
 @dataclass(eq=False)
@@ -144,8 +144,7 @@ class DraftModel:
                 return 0
             self._reading = _Reading(_Seat(row, row.epoch, 0), KeyValues(self._decoder, 1, capacity))
         reading = self._reading
-        # The newest token is for the pass that drafts.
-        chunk = row.behind(reading.seat.cached)[:-1][:tokens]
+        chunk = row.behind(reading.seat.cached)[:tokens]
         self._read(reading, chunk)
         reading.seat.cached += len(chunk)
         if row.length - reading.seat.cached <= LAG:
@@ -154,7 +153,7 @@ class DraftModel:
 
     def _catch_up(self, row: Row, tokens: int, spare: int) -> int:
         """Read on where the row is, next to the others, which are read on too."""
-        unread = min(tokens, self.unread(row) - 1)
+        unread = min(tokens, self.unread(row))
         if self.growth(2 * tokens) > spare:
             return 0
         ids, offset, _ = self._next(unread)
@@ -194,27 +193,26 @@ class DraftModel:
         """Give each of `rows`, which are ready, `count` tokens as its guess: those before one that the other model has
         not, or numbers that are not finite. A row with such numbers is drafted for no more. Whether all were finite."""
         seats = list(self._seats.values())
-        found, sound = self._passes(*self._next(max(map(self.unread, rows)), rows), count)
+        found, sound = self._passes(*self._next(max(map(self.unread, rows))), count)
         for slot, seat in enumerate(seats):
             if seat.row in rows:
                 self._give(seat, found[slot], sound[slot])
         return self._drop_unsound(seats, sound)
 
-    def _next(self, most: int, asking: Sequence[Row] = ()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens of every row that it has not read, `most` at most, where they begin, and which of them is the last;
-        the newest of those that are `asking` alone. They count as read: what is written behind them is written over."""
+    def _next(self, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of every row that it has not read, `most` at most, where they begin, and which of them is the last.
+        They count as read: what is written behind them is written over."""
         seats = list(self._seats.values())
         for seat in seats:
             seat.settle()
-        ends = [None if seat.row in asking else -1 for seat in seats]
-        lines = [seat.row.behind(seat.cached)[:end][:most] for seat, end in zip(seats, ends, strict=True)]
+        lines = [seat.row.behind(seat.cached)[:most] for seat in seats]
         many = bucket(most) if self._step.prompt_buckets else most
         self._fit(len(seats), max(seat.cached for seat in seats) + many + MOST)
         assert self._kv is not None
         size = min(bucket(len(seats)), self._kv.rows) if self._step.decode_buckets else len(seats)
         offset, last = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
         for slot, (seat, line) in enumerate(zip(seats, lines, strict=True)):
-            offset[slot], last[slot] = seat.cached, max(0, len(line) - 1)
+            offset[slot], last[slot] = seat.cached, len(line) - 1
             seat.cached += len(line)
         return self._ids(lines, size, many), offset, last
 

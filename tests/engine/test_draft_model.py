@@ -22,13 +22,13 @@ from engine.checkpoints.loading import LoadedModel
 from engine.engine import Engine
 from engine.generation import lane as lane_module
 from engine.generation.batch import Batch, Tried
-from engine.generation.draft_model import LAG, MOST, DraftModel
+from engine.generation.draft_model import LAG, DraftModel
 from engine.generation.drafting import FEWEST_READ, FORGET, LEAST, TRIES, WIDTHS, Drafter, Plan
 from engine.generation.guess import FORGET as UNTRIED
 from engine.generation.guess import PRIOR, ROWS, Guess, Rate
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import LaneLimits
-from engine.generation.row import Row
+from engine.generation.row import Row, RowFault
 from engine.generation.step import Compiled
 from engine.models import joint
 from engine.models.llama import Llama
@@ -100,6 +100,7 @@ class Watched(DraftModel):
             assert row.guess is not None
             read = [token if token < self._own.decoder.args.vocab else 0 for token in row.known]
             assert row.guess.tokens == likeliest(self._own, read, count)
+            assert row.length + count <= self._own.context
             self.drafted += 1
         return sound
 
@@ -249,6 +250,41 @@ def test_rows_that_lose_their_slots_lose_no_token_and_no_memory_goes_beyond_its_
     tight.assert_empty()
 
 
+def test_of_a_row_that_makes_way_for_a_better_one_nothing_is_kept(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = drafting(model, pool, small(), slots=2)
+    worse = [request([3 + number, 1, 4], max_tokens=60, priority=9) for number in range(2)]
+    sent = [driver.send(one) for one in worse]
+    rows = driver.lane.held
+    while not all(map(model_of(driver).ready, rows)):
+        driver.step()
+    better = driver.send(request([7, 8], max_tokens=20, priority=0))
+    while all(row.slot >= 0 for row in rows):
+        driver.step()
+    driver.step()
+    (gone,) = (row for row in rows if row.slot < 0)
+    assert model_of(driver).unread(gone) == gone.length
+    driver.run()
+    assert len(better.ids) == 20
+    assert [one.ids for one in sent] == [ordinary(model, pool, one).ids for one in worse]
+    assert model_of(driver).nbytes == 0
+
+
+def test_a_row_that_goes_on_without_drafts_is_drafted_for_again_as_it_is(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = drafting(model, pool, small(), width=9)
+    driver.lookahead = False
+    driver.send(request([3, 1, 4], max_tokens=60))
+    asking, plain = driver.lane.drafter, Drafter(driver.lane.drafter.model)
+    while driver.lane.busy:
+        drafted = model_of(driver).drafted
+        driver.step()
+        if model_of(driver).drafted > drafted:
+            driver.lane.drafter = plain
+            for _ in range(6):
+                driver.step()
+            driver.lane.drafter = asking
+    assert model_of(driver).drafted > 3
+
+
 def test_a_job_that_goes_on_elsewhere_gets_the_rest(model: LoadedModel, pool: AdapterPool) -> None:
     one = request([3, 1, 4], max_tokens=30, temperature=0.9, seed=4)
     wanted, driver = ordinary(model, pool, one), drafting(model, pool, model)
@@ -355,7 +391,6 @@ def test_a_row_that_outgrows_the_models_context_is_not_drafted_for(model: Loaded
     driver.run()
     assert len(sent.ids) == 60
     assert model_of(driver).drafted > 0
-    assert driver.lane.load.drafted < 40 * MOST
 
 
 # --- a model that does harm ---
@@ -390,11 +425,33 @@ def test_a_row_whose_draft_gave_no_numbers_is_drafted_for_no_more(pool: AdapterP
     own = draft.llama.head
     draft.llama.head = lambda hidden: mx.where(mx.arange(61) == bad, 1e4, own(hidden))  # type: ignore[method-assign]
     one = request([3, 1, 4], max_tokens=24, logit_bias={bad: -100.0})
-    wanted, driver = ordinary(damaged, pool, one), drafting(damaged, pool, draft, width=5)
+    wanted, driver = ordinary(damaged, pool, one), drafting(damaged, pool, draft)
+    driver.lane.drafter = Asking(DraftModel(draft, 61, "none"), 5)
     sent = driver.send(one)
     driver.run()
     assert sent.ids == wanted.ids
     assert driver.lane.load.drafted == 4
+
+
+def test_a_draft_that_was_not_tried_because_another_row_failed_is_made_again(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, driver = request([3, 1, 4], max_tokens=40), drafting(model, pool, model, slots=2)
+    driver.lane.drafter = Asking(driver.lane.drafter.model, 5, always=True)
+    stays, fails = driver.send(one), driver.send(request([5, 6], max_tokens=40))
+    tried = Batch.try_drafts
+
+    def fail_once(batch: Batch, width: int) -> list[Tried]:
+        if not fails.ticket.done:
+            raise RowFault(next(row for row in batch.rows if row.ticket is fails.ticket), ModelError("its own"))
+        return tried(batch, width)
+
+    monkeypatch.setattr(Batch, "try_drafts", fail_once)
+    driver.run()
+    assert isinstance(fails.ticket.error, ModelError)
+    assert stays.ids == ordinary(model, pool, one).ids
+    assert model_of(driver).drafted > 3
+    assert driver.lane.load.accepted > 0
 
 
 @pytest.mark.parametrize("method", ["read", "draft"])
