@@ -39,6 +39,8 @@ FORGET, WITHOUT = 128, 64
 FEWEST_READ, MOST_READ = 32, 512
 #: Of the tokens that an answer may have still, how many it is taken to get: what is saved with them pays for reading.
 PART = 0.5
+#: Passes that it may take as long as to read a row, where nothing is known of what the model takes to draft.
+UNKNOWN = 2
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ class Drafter:
         # What is being read already comes first.
         row = min(behind, key=model.unread)
         saved = PART * row.most_drafted * (1 / speed - 1 / faster)
+        if self._asked.typical(len(hopeful), WIDTHS[0], self._count) is None and saved > 0:
+            saved = max(saved, UNKNOWN * alone)
         return replace(plan, reading=row) if saved > model.unread(row) * self._seconds_of_reading else plan
 
     @property

@@ -188,9 +188,10 @@ class GenerateLane:
         context, grammar = min(self._model.context, most), self._vocabulary.grammar(request, passed=passed)
         drafts = self._drafts(request)
         generation = Generation(ticket, request, prompt, self._model.tokenizer, context, grammar, drafts=drafts)
-        if self.drafter.model is not None and request.lookup is not False:
+        draft = self.drafter.model
+        if draft is not None and request.lookup is not False:
             for row in generation.rows:
-                row.guess = Guess(self.drafter.model.rate)
+                row.guess = Guess(draft.rate)
         generation.resume(data or ())
         if self.shelf is not None:
             generation.fetched = self.shelf.fetch(adapter, prompt.ids, self.prefixes)

@@ -100,7 +100,7 @@ INPUT_TOKENS = Metric(
 )  # fmt: skip
 GENERATED_TOKENS = Metric("stoker_generated_tokens_total", "counter", "Tokens that were generated.", ("model",))
 DRAFTED_TOKENS = Metric(
-    "stoker_drafted_tokens_total", "counter", "Tokens that were tried as drafts (lookup).", ("model",)
+    "stoker_drafted_tokens_total", "counter", "Tokens that were tried as drafts.", ("model",)
 )
 ACCEPTED_TOKENS = Metric("stoker_accepted_tokens_total", "counter", "Of these, those that were right.", ("model",))
 PREFIX_HITS = Metric(

@@ -218,6 +218,28 @@ def test_the_same_holds_over_the_arrays_that_gpus_decode_over(
     check(ending, pool, small(layers=2), together, compiled="none")
 
 
+def test_the_same_holds_for_models_with_windows_that_run_mlx_lms_file(tmp_path: Path) -> None:
+    model = bridged.bridged("gemma2")
+    pool = AdapterPool(model, AdapterStore(tmp_path))
+    for name, rank in (("one", 2), ("two", 5)):
+        pool.save(name, tiny.adapter(model, rank, rank, bridged.targets_of(model)), {})
+    assert check(model, pool, model, 2).lane.load.accepted > 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_same_holds_for_keys_and_values_in_few_bits(model: LoadedModel, pool: AdapterPool, bits: int) -> None:
+    model.decoder.kv_bits = bits
+    draft = small()
+    draft.decoder.kv_bits = bits
+    one = request([3, 1, 4], max_tokens=60, temperature=0.9, seed=4)
+    driver = Driver(model, pool)
+    driver.lane.drafter = Asking(DraftModel(draft, 61, "none"))
+    sent = driver.send(one)
+    driver.run()
+    assert sent.ids == ordinary(model, pool, one).ids
+    assert driver.lane.load.drafted > 0
+
+
 def test_a_draft_is_tried_as_far_as_its_grammar_goes(wordy: LoadedModel, tmp_path: Path) -> None:
     pool = AdapterPool(wordy, AdapterStore(tmp_path))
     one = GenerateRequest(
@@ -640,6 +662,18 @@ def test_a_row_is_read_where_what_is_saved_later_pays_for_it(reading: float, pay
         for _ in range(LEAST):
             drafter.note(1, width, each)
     assert drafter.plan(rows, 100).reading is rows[0], "it is unknown again"
+
+
+def test_of_what_is_unknown_a_short_row_is_read_to_know_it() -> None:
+    rows = [row(0.9, most=4)]
+    for unread, pays in ((190, True), (210, False)):
+        model = Timed({}, 0.01, unread)
+        drafter = known(model, SECONDS)
+        drafter.read(drafter.plan(rows, 100), 1, 0)
+        assert (drafter.plan(rows, 100).reading is rows[0]) == pays
+    drafter = known(Timed(CHEAP, 0.01, 190), SECONDS)
+    drafter.read(Plan(reading=rows[0]), 1, 0)
+    assert drafter.plan(rows, 100).reading is None, "it is known, and does not pay"
 
 
 def test_a_piece_takes_about_as_long_as_a_pass_and_its_step_says_nothing_of_passes() -> None:
