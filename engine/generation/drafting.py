@@ -34,13 +34,16 @@ GUESS = 0.25
 TRIES, LEAST, MOST = 2, 3, 9
 #: Passes after which a size that was not run since is unknown again, and after which one pass goes without drafts.
 FORGET, WITHOUT = 128, 64
+#: Passes for which it is remembered what a model took, and passes with its drafts: to try it again, it has to read all
+#: that came meanwhile.
+REMEMBER = 16 * FORGET
 #: Tokens that a model that drafts reads of a row at once: as many as take as long as a pass, within these; the first
 #: ones say how many those are.
 FEWEST_READ, MOST_READ = 32, 512
 #: Of the tokens that an answer may have still, how many it is taken to get: what is saved with them pays for reading.
 PART = 0.5
-#: Passes that it may take as long as to read a row, where nothing is known of what the model takes to draft.
-UNKNOWN = 2
+#: Passes that it may take as long as to read the rows, where nothing is known of what the model takes to draft.
+UNKNOWN = 4
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,12 @@ class _Hope:
 
 @dataclass
 class _Passes:
-    """Of one size: seconds of the last ones, and how many passes there were when the last one was."""
+    """Of one size: seconds of the last ones, and how many passes there were when the last one was. `before`: what they
+    took when they were forgotten."""
 
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MOST))
     last: int = 0
+    before: float | None = None
 
 
 class _Clocked:
@@ -87,18 +92,21 @@ class _Clocked:
         passes = self._passes.get(size)
         if passes is None or now - passes.last > FORGET:
             # The first one of a size may have been compiled: it says that there was one, and nothing of its time.
-            passes = self._passes[size] = _Passes()
+            before = self.typical(rows, width, now, REMEMBER)
+            passes = self._passes[size] = _Passes(before=before)
         else:
             passes.seconds.append(seconds)
         passes.last = now
 
-    def typical(self, rows: int, width: int, now: int) -> float | None:
-        """What a pass of this size takes; None: unknown."""
+    def typical(self, rows: int, width: int, now: int, memory: int = FORGET) -> float | None:
+        """What a pass of this size takes; None: unknown. `memory`: passes for which that is remembered."""
         passes = self._passes.get((bucket(rows), width))
-        if passes is None or now - passes.last > FORGET:
+        if passes is None or now - passes.last > memory:
             return None
         needed = LEAST if width == 1 else TRIES
-        return median_low(passes.seconds) if len(passes.seconds) >= needed else None
+        if len(passes.seconds) >= needed:
+            return median_low(passes.seconds)
+        return passes.before if memory > FORGET else None
 
 
 class Drafter:
@@ -175,14 +183,20 @@ class Drafter:
         # What is being read already comes first.
         row = min(behind, key=model.unread)
         saved = PART * row.most_drafted * (1 / speed - 1 / faster)
-        if self._asked.typical(len(hopeful), WIDTHS[0], self._count) is None and saved > 0:
-            saved = max(saved, UNKNOWN * alone)
-        return replace(plan, reading=row) if saved > model.unread(row) * self._seconds_of_reading else plan
+        if saved > model.unread(row) * self._seconds_of_reading or (saved > 0 and self._explores(model, behind, alone)):
+            return replace(plan, reading=row)
+        return plan
+
+    def _explores(self, model: DraftModel, behind: Sequence[Row], alone: float) -> bool:
+        """Whether rows are read to know what the model takes to draft: where they are short."""
+        if self._asked.typical(len(behind), WIDTHS[0], self._count, REMEMBER) is not None:
+            return False
+        return sum(map(model.unread, behind)) * self._seconds_of_reading < UNKNOWN * alone
 
     @property
     def _seconds_of_reading(self) -> float:
         """Of a token; 0: unknown."""
-        return self._reading if self._count - self._read_at <= FORGET else 0.0
+        return self._reading if self._count - self._read_at <= REMEMBER else 0.0
 
     def read(self, plan: Plan, rows: int, spare: int) -> None:
         """Let the model read what the plan says, in storage of at most `spare` bytes, next to so many rows."""
@@ -240,11 +254,11 @@ class Drafter:
         made, taken, chosen = GAIN * rows, alone, 1
         if not sure:
             return made / taken, chosen
-        own = GUESS * alone
-        for width, seconds in self._sizes(rows, alone):
+        own, memory = GUESS * alone, REMEMBER if asking else FORGET
+        for width, seconds in self._sizes(rows, alone, memory):
             if width > room:
                 break
-            asked = self._asked.typical(asking, width, self._count) if asking else 0.0
+            asked = self._asked.typical(asking, width, self._count, memory) if asking else 0.0
             own = own if asked is None else asked / (width - 1)
             seconds += own * (width - 1)
             further = [hope.tokens(width - 1) for hope in sure]
@@ -255,12 +269,12 @@ class Drafter:
                 break
         return made / taken, chosen
 
-    def _sizes(self, rows: int, alone: float) -> Iterator[tuple[int, float]]:
+    def _sizes(self, rows: int, alone: float, memory: int) -> Iterator[tuple[int, float]]:
         """Widths, each with what a pass takes: those that were run, and the next one, of which it is guessed. `alone`:
         what a pass without drafts takes."""
         seconds, before, token = alone, 1, GUESS * alone
         for width in WIDTHS:
-            known = self._passes.typical(rows, width, self._count)
+            known = self._passes.typical(rows, width, self._count, memory)
             if known is None:
                 yield width, seconds + token * (width - before)
                 return

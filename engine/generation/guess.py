@@ -8,8 +8,9 @@ from collections.abc import Sequence
 PRIOR = 0.7
 #: How much each drafted token of a row changes its rate.
 WEIGHT = 1 / 8
-#: Tokens without a draft after which a row's rate is unknown again.
-FORGET = 128
+#: Tokens without a draft after which a row's rate that had fallen is unknown again, and how many times as many that are
+#: where it has fallen again: the model has to read all of them first.
+FORGET, LONGER = 256, 4
 #: How many times as many tokens say the rate of all rows together.
 ROWS = 8
 
@@ -21,7 +22,8 @@ class Rate:
     """
 
     def __init__(self, start: float = PRIOR, tokens: int = 1) -> None:
-        self.value, self._tokens, self._untried = start, tokens, 0
+        self.value, self._tokens = start, tokens
+        self._untried, self._forget = 0, FORGET * tokens
 
     def note(self, came: bool) -> None:
         """A drafted token came, or another one in its place."""
@@ -31,8 +33,10 @@ class Rate:
     def go_by(self) -> None:
         """A token came that was not drafted. After enough of them a rate that had fallen is unknown again."""
         self._untried += 1
-        if self._untried >= FORGET * self._tokens:
-            self.value, self._untried = max(self.value, PRIOR), 0
+        if self._untried >= self._forget:
+            if self.value < PRIOR:
+                self.value, self._forget = PRIOR, LONGER * self._forget
+            self._untried = 0
 
 
 class Guess:
