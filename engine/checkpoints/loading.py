@@ -83,6 +83,8 @@ class LoadedModel:
     shard: Shard | None = field(default=None, repr=False)
     #: How a query and a text become one sequence (a model that reranks alone, which is one of kind "embed").
     pairing: Pairing | None = field(default=None, repr=False)
+    #: What drafts for it (kind "generate" only), counted in `bytes`; None: no model does.
+    draft: LoadedModel | None = field(default=None, repr=False)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -92,7 +94,9 @@ class LoadedModel:
     @property
     def summary(self) -> str:
         split = "" if self.shard is None else f"{self.shard.size} ranks share its {self.shard.split}, "
-        return f"{self.architecture}, {self.parameters / 1e6:.0f} M parameters, {split}{self.load_seconds:.1f} s"
+        drafts = "" if self.draft is None else f"{self.draft.name} drafts, "
+        parameters = f"{self.parameters / 1e6:.0f} M parameters"
+        return f"{self.architecture}, {parameters}, {split}{drafts}{self.load_seconds:.1f} s"
 
     def card(self, kinds: tuple[str, ...]) -> ModelCard:
         """What a worker that runs jobs of `kinds` on this model reports of it."""

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn, cast
 
 import typer
 
-from stoker.catalogue import parse_models
+from stoker.catalogue import drafts_of
 from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.contract import ModelCard, Presence
 from stoker.contract.kinds import EMBED, GENERATE, TRAIN
@@ -210,7 +210,7 @@ def _settings(
         shard=shard,
         kv_bits=cast(KvBits | None, kv_bits),  # checked there
     )
-    parse_models((*settings.models, *settings.on_demand))
+    drafts_of(settings)
     return settings
 
 

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlencode
 import typer
 
 from stoker.address import FILES, Address
-from stoker.catalogue import from_anywhere, parse_models
+from stoker.catalogue import draft_from_anywhere, drafts_of, from_anywhere
 from stoker.contract.names import Rule, checked
 from stoker.errors import ConfigError
 from stoker.local.home import make_home
@@ -40,7 +40,7 @@ def install(
     found = load_settings()
     environment = _environment(Service.of(found, name), model, url)
     settings = settings_of(environment)
-    parse_models((*settings.models, *settings.on_demand))
+    drafts_of(settings)
     if name is not None:
         checked(Rule.JOB_ID, "name", name)
     worker_command(settings, "any")  # refuses an installation that has no worker
@@ -115,8 +115,16 @@ def _from_anywhere(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _models(value: str) -> str:
+    return _each(value, from_anywhere)
+
+
+def _drafts(value: str) -> str:
+    return _each(value, draft_from_anywhere)
+
+
+def _each(value: str, meant: Callable[[str], str]) -> str:
     """A comma alone is no model, where nothing would be the default."""
-    return ",".join(from_anywhere(part.strip()) for part in value.split(",") if part.strip()) or ","
+    return ",".join(meant(part.strip()) for part in value.split(",") if part.strip()) or ","
 
 
 def _path(value: str) -> str:
@@ -146,6 +154,7 @@ def _library(value: str) -> str:
 _MEANT: Mapping[str, Callable[[str], str]] = {
     "MODELS": _models,
     "ON_DEMAND": _models,
+    "DRAFT_MODELS": _drafts,
     "DATA": _path,
     "ARTIFACTS": _store,
     "BLAS": _library,

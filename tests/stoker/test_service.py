@@ -175,6 +175,7 @@ def test_files_that_settings_name_are_found_from_any_folder(
     [
         ("ON_DEMAND", "./bert, own=mpnet", f"bert={MODEL},own={MODEL.parent / 'mpnet'}"),
         ("MODELS", " , ", ","),
+        ("DRAFT_MODELS", "a=./bert, b=smollm2-135m-instruct", f"a=bert={MODEL},b=smollm2-135m-instruct"),
         ("ARTIFACTS", "store", str(MODEL.parent / "store")),
         ("ARTIFACTS", "s3://bucket/stoker", "s3://bucket/stoker"),
         ("ARTIFACTS", "simplecache::memory://x", "simplecache::memory://x"),
