@@ -2,7 +2,8 @@
 
 Both sides are lanes over the same model and answer the same prompts by turns, one answer (or one batch of eight) each;
 a sample is the ratio of one such pair, of the wall clock and of the process' own CPU time, decoding alone. Their tokens
-are compared. `--tokens N` makes longer or shorter answers.
+are compared. `--tokens N` makes longer or shorter answers. `--model SOURCE --draft SOURCE`: the same with a draft model
+in addition to what is looked up, which is measured where there are two models of one vocabulary.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ boot_blas(load_settings())
 
 from engine.adapters.pool import AdapterPool  # noqa: E402
 from engine.adapters.store import AdapterStore  # noqa: E402
+from engine.checkpoints.drafts import DraftSource, with_draft  # noqa: E402
 from engine.checkpoints.loading import LoadedModel, load  # noqa: E402
 from engine.generation.lane import GenerateLane  # noqa: E402
 from engine.ticket import Ticket  # noqa: E402
@@ -161,10 +163,14 @@ def rows_of(model: LoadedModel, pool: AdapterPool, task: str, streams: int, toke
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--tokens", type=int, help=f"of an answer, at most ({TOKENS}; {QUICK_TOKENS} in the quick form)")
+    made.add_argument("--model", help=f"where the model is ({MODEL})")
+    made.add_argument("--draft", help="where one is that drafts for it")
     options = made.parse_args()
     tokens = options.tokens or (QUICK_TOKENS if options.quick else TOKENS)
-    model = load(MODEL, CATALOGUE[MODEL])
-    record = Record("lookup", options.out, tokens=tokens)
+    model = load(MODEL, [options.model] if options.model else CATALOGUE[MODEL])
+    if options.draft:
+        model = with_draft(model, DraftSource("draft", [options.draft]))
+    record = Record("draft-model" if options.draft else "lookup", options.out, tokens=tokens)
     with tempfile.TemporaryDirectory() as home:
         pool = AdapterPool(model, AdapterStore(Path(home)))
         for streams, times in ((1, 2),) if options.quick else ((1, len(FREE)), (STREAMS, TIMES)):

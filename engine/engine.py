@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from engine.adapters.pool import BUDGET, AdapterPool
 from engine.adapters.store import AdapterStore
+from engine.checkpoints.drafts import DraftSource, with_draft
 from engine.checkpoints.loading import LoadedModel, PrecisionOptions, load
 from engine.checkpoints.prospect import Prospect, prospect
 from engine.delivery import Publish, deliver
@@ -29,10 +30,11 @@ from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.generation.pinning import Pinning
 from engine.lane import AnyLane
 from engine.making_way import LOOK_EVERY, MakingWay, Neighbours
+from engine.models.shard import Shard
 from engine.platform import heap, probe
 from engine.platform.threads import collect, leave
 from engine.prefixes.disk import DiskLimits, PrefixDisk
-from engine.sparing import Sparing
+from engine.sparing import Pause, Sparing, no_pause
 from engine.text import trial
 from engine.ticket import StepOutput, Ticket, contained
 from engine.training.memory import BUDGET as RUN_BUDGET
@@ -89,8 +91,9 @@ class Engine:
     taken none. Then it gets the entries of each job alone, and a job whose entries it raises for ends with this error.
     `limits`: of each model's generation. `precision`: what `load` takes. `neighbours`: workers on the same device, for
     whose streams it makes way. `prefixes`: those on disk; None: there are none. `group`: the ranks that share its
-    training runs, of which it is the first; `sharing`: those that share its generating models. `on_death` is called,
-    from the same thread, if the loop ends by a defect: an engine does not come back, its process has to.
+    training runs, of which it is the first; `sharing`: those that share its generating models. `drafts`: model → what
+    drafts for it. `on_death` is called, from the same thread, if the loop ends by a defect: an engine does not come
+    back, its process has to.
     """
 
     def __init__(
@@ -109,9 +112,10 @@ class Engine:
         prefixes: DiskLimits | None = None,
         group: Group = ALONE,
         sharing: Sharing | None = None,
+        drafts: Mapping[str, DraftSource] | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        self._sources = dict(models)
+        self._sources, self._drafts = dict(models), dict(drafts or {})
         self.store = AdapterStore(adapters)
         self.run_memory = RunMemory(run_bytes)
         self._publish = publish
@@ -249,12 +253,19 @@ class Engine:
 
     def _read(self, name: str, sources: Sequence[str]) -> LoadedModel:
         try:
-            model = load(name, sources, self._sparing.pause, **self._precision)
+            model = self._loaded(name, sources, self._sparing.pause)
         finally:
             trial.end()
         for _ in self._warm.rehearsing(model):
             self._sparing.pause()
         return model
+
+    def _loaded(
+        self, name: str, sources: Sequence[str], pause: Pause = no_pause, shard: Shard | None = None
+    ) -> LoadedModel:
+        """With what drafts for it."""
+        model, draft = load(name, sources, pause, shard, **self._precision), self._drafts.get(name)
+        return model if draft is None else with_draft(model, draft, pause, **self._precision)
 
     def unload(self, name: str) -> bool:
         """Free all that a model takes; False, and nothing is changed, while a job of it is here. For callers in other
@@ -334,8 +345,11 @@ class Engine:
         return self._warm.models
 
     def prospect(self, name: str, sources: Sequence[str], *, download: bool = False) -> Prospect:
-        """What a model would be here. Raises `ModelError`. From any thread."""
-        return prospect(name, sources, download=download, **self._precision)
+        """What a model would be here, with what drafts for it. Raises `ModelError`. From any thread."""
+        found, draft = prospect(name, sources, download=download, **self._precision), self._drafts.get(name)
+        if draft is None:
+            return found
+        return replace(found, bytes=found.bytes + prospect(*draft, download=download, **self._precision).bytes)
 
     @property
     def cards(self) -> list[ModelCard]:
@@ -398,12 +412,12 @@ class Engine:
             self._load_together()
             return
         for name, sources in self._sources.items():
-            self._hold(load(name, sources, **self._precision))
+            self._hold(self._loaded(name, sources))
 
     def _load_together(self) -> None:
         """All models first: a lane of a model that the ranks share is warmed up by all of them."""
         shard = None if self._sharing is None else self._sharing.shard
-        models = [load(name, sources, shard=shard, **self._precision) for name, sources in self._sources.items()]
+        models = [self._loaded(name, sources, shard=shard) for name, sources in self._sources.items()]
         self._group.hold({model.name: model.digest for model in models})
         for model in models:
             self._hold(model)

@@ -24,9 +24,9 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("socket_timeout", "socket_connect_timeout", "health_check_interval"), ()),
 }
 #: Files that `rediss://` names.
-_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _TLS_OPTIONS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_FILES, ()),
+    **dict.fromkeys(FILES, ()),
     "ssl_cert_reqs": ("none", "optional", "required"),
     "ssl_check_hostname": ("false", "true"),
 }
@@ -117,7 +117,7 @@ def _tcp(url: str) -> Address:
     tail = f"{f'[{host}]' if ':' in host else host}:{port}/{database}"
     plain = f"{parts.scheme}://{login + '@' if login else ''}{tail}"
     full, tls = plain + _behind(query), {name: value for name, value in query.items() if name in _TLS_OPTIONS}
-    files = tuple((name, query[name]) for name in _FILES if name in query)
+    files = tuple((name, query[name]) for name in FILES if name in query)
     return Address(
         redis=full,
         celery=plain + _behind(tls),

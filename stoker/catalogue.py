@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from stoker.contract.base import NAME_PATTERN
 from stoker.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stoker.settings import Settings
 
 #: How sources start that are no paths.
 _SCHEMES = ("package:", "hf:")
@@ -57,6 +61,17 @@ def from_anywhere(text: str) -> str:
     return f"{name}={source if source.startswith(_SCHEMES) else _absolute(source)}"
 
 
+def draft_from_anywhere(text: str) -> str:
+    """A `MODEL=DRAFT` that means the same in any working folder; what is a name stays one."""
+    model, _, draft = text.partition("=")
+    return text if _is_name(draft) or not draft else f"{model}={from_anywhere(draft)}"
+
+
+def _is_name(text: str) -> bool:
+    """Whether it can be nothing except a name."""
+    return bool(re.fullmatch(NAME_PATTERN, text)) and not text.endswith(".gguf")
+
+
 def asked_of_worker(text: str) -> str:
     """A model that a worker of any machine is asked to load: a name goes as it is, because the worker may know it; a
     source gets its name here, and a path its whole form. Raises `ConfigError`."""
@@ -82,6 +97,40 @@ def parse_models(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def parse_drafts(texts: Iterable[str], models: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Model → name and sources of the one that drafts for it, of a worker's `MODEL=DRAFT`; `models`: those that it
+    knows by name, in addition to the catalogue's. Raises `ConfigError`."""
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    known = {**CATALOGUE, **models}
+    for text in texts:
+        model, _, draft = text.partition("=")
+        if not re.fullmatch(NAME_PATTERN, model) or not draft:
+            raise ConfigError(
+                f"STOKER_DRAFT_MODELS: {text!r} given; write MODEL=DRAFT, a model of this worker and the one that "
+                "drafts for it, such as big=small or big=/models/small."
+            )
+        if _is_name(draft) and draft not in known:
+            raise ConfigError(
+                f"STOKER_DRAFT_MODELS: {text!r} given; {draft} is no model of this worker or of the catalogue, which "
+                f"are {', '.join(sorted(known))}. A path has a slash: {model}=./{draft}."
+            )
+        named = (draft, known[draft]) if draft in known else parse_model(draft)
+        if found.setdefault(model, named) != named:
+            raise ConfigError(f"STOKER_DRAFT_MODELS: {text!r} given, and {found[model][0]} drafts for {model} already.")
+    return found
+
+
+def drafts_of(settings: Settings) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """What `parse_drafts` makes of a worker's settings. Raises `ConfigError`."""
+    found = parse_drafts(settings.draft_models, parse_models((*settings.models, *settings.on_demand)))
+    if found and settings.shard:
+        raise ConfigError(
+            f"STOKER_DRAFT_MODELS: {','.join(settings.draft_models)} given, with STOKER_SHARD; another model drafts "
+            "only for one that is whole in one process. Unset one of the two."
+        )
+    return found
+
+
 def model_name(text: str) -> str:
     """What a worker calls the model that it was given as `text`; a name is its own.
 
@@ -90,7 +139,7 @@ def model_name(text: str) -> str:
     name, separator, _ = text.partition("=")
     if separator and re.fullmatch(NAME_PATTERN, name):
         return name
-    if re.fullmatch(NAME_PATTERN, text) and not text.endswith(".gguf"):
+    if _is_name(text):
         return text
     return derived_name(text) if is_source(text) else text
 

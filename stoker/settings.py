@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     stall: float = Field(default=0.25, ge=0.001, le=60)
     #: Whether generation requests draft that do not say it. Unset: on a CPU.
     lookup: bool | None = None
+    #: Which model drafts for which: MODEL=DRAFT, a model of the worker's and a small one of its vocabulary, by the name
+    #: of another of the worker's or of the catalogue, or by its source. Comma-separated.
+    draft_models: Annotated[tuple[str, ...], NoDecode] = ()
     #: Embedding jobs that a worker takes at once; their texts share batches.
     embed_jobs: int = Field(default=16, ge=1, le=256)
     #: Training runs that a worker holds at once; they take turns.
@@ -146,7 +149,7 @@ class Settings(BaseSettings):
         """No files: each further source looks through all fields, and a client is made in as long as that takes."""
         return init_settings, env_settings
 
-    @field_validator("models", "on_demand", mode="before")
+    @field_validator("models", "on_demand", "draft_models", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -248,7 +251,7 @@ class Settings(BaseSettings):
         return self.model_copy(
             update={
                 "url": None, "artifacts": None, "metrics": None, "data": None, "group": None, "ranks": 1,
-                "shard": False, "on_demand": (),
+                "shard": False, "on_demand": (), "draft_models": (),
             }
         )  # fmt: skip
 
@@ -294,6 +297,7 @@ class Overrides(TypedDict, total=False):
     placement: float | None
     stall: float | None
     lookup: bool | None
+    draft_models: Sequence[str] | None
     embed_jobs: int | None
     train_runs: int | None
     train_memory: int | None

@@ -7,7 +7,6 @@ from functools import partial
 from stoker.broker import keys
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 from workers import adapters
-from workers.beginnings import beginnings
 from workers.job import Job, JobHandler, Submit, job_task
 
 
@@ -18,7 +17,7 @@ class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateRes
         """A job keeps the version of its adapter that it began with, also under another owner."""
         if request.adapter is not None:
             request = request.model_copy(update={"adapter": adapters.pinned(job, request.model, request.adapter)})
-        job.place(request.model, beginnings(request))
+        job.place(request)
         return request
 
     def load_input(self, job: Job, request: GenerateRequest) -> list[StreamToken]:
@@ -35,7 +34,7 @@ class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateRes
         return partial(job.runtime.engine.submit, sent=job.claim.submitted)
 
     def finish(self, job: Job, request: GenerateRequest, result: GenerateResult) -> GenerateResult:
-        job.runtime.placing.note(beginnings(request))
+        job.note_beginnings()
         return result.model_copy(update={"usage": job.usage(result.usage)})
 
 

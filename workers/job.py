@@ -15,7 +15,7 @@ from celery import Task, shared_task
 
 from stoker.broker import ledger
 from stoker.broker.ledger.replies import Claim
-from stoker.contract import Usage, encode
+from stoker.contract import GenerateRequest, Usage, encode
 from stoker.contract.base import Message
 from stoker.contract.codec import read
 from stoker.contract.kinds import of_request
@@ -99,6 +99,8 @@ class Job:
         self.id, self.runtime = delivery.id, delivery.runtime
         self.claim, self.resources = claim, resources
         self._delivery = delivery
+        #: Names of what its prompt begins with.
+        self._beginnings: Sequence[str] = ()
         #: By `time.monotonic`.
         self._claimed = time.monotonic()
 
@@ -131,13 +133,18 @@ class Job:
             raise DeadlineExceeded(f"job {self.id}: it waited {age:.1f} s, past its deadline of {deadline:g} s.")
         return left
 
-    def place(self, model: str, beginnings: Sequence[str]) -> None:
+    def place(self, request: GenerateRequest) -> None:
         """Raises `PassedOn` if another worker has more of the prompt than this one, and gets the job for that."""
         placing = self.runtime.placing
-        worker = None if self.claim.resumed else placing.better(model, beginnings)
+        self._beginnings = placing.names(request)
+        worker = None if self.claim.resumed else placing.better(request.model, self._beginnings)
         if worker is not None and self.lease.pass_on(worker):
             placing.recall_later(self.id, self.lease.queue, worker)
             raise PassedOn(f"{worker} has the beginning of its prompt and may take it.")
+
+    def note_beginnings(self) -> None:
+        """From now on this worker has those of the prompt that was placed."""
+        self.runtime.placing.note(self._beginnings)
 
     def taking(self, load: Callable[[], R]) -> R:
         """What `load` returns. What it has taken goes with the job, and at once where it fails: it is tried again, and

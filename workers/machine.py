@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stoker.catalogue import parse_models
+from stoker.catalogue import drafts_of, parse_models
 from stoker.settings import Settings
 from workers.group.starting import place_of_group
 
@@ -42,6 +42,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
 
     report = boot_blas(settings)
     place = place_of_group(settings)
+    from engine.checkpoints.drafts import DraftSource
     from engine.engine import Engine
     from engine.platform.probe import choose_kernels, describe_kernels, memory
     from engine.prefixes.disk import DiskLimits
@@ -55,6 +56,11 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
     if report.active and not blas.verify():
         log.warning("MLX does not use the fast BLAS that was loaded: expect a thirtieth of its speed")
     group = ALONE if place is None else leader_of(settings, *place)
+    drafts = {model: DraftSource(*draft) for model, draft in drafts_of(settings).items()}
+    if unknown := sorted(drafts.keys() - parse_models((*settings.models, *settings.on_demand)).keys()):
+        log.warning(
+            "STOKER_DRAFT_MODELS names %s, which this worker has only if it is asked to load it", ", ".join(unknown)
+        )
     engine = Engine(
         parse_models(settings.models),
         adapters=settings.adapters,
@@ -69,6 +75,7 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
         neighbours=neighbours_of(settings, device_here()),
         group=group,
         sharing=group if isinstance(group, Leader) and settings.shard else None,
+        drafts=drafts,
         on_death=on_death,
     )
     if isinstance(group, Leader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -143,8 +144,47 @@ _NAMES = {
     "hidden_size": ("n_embd", "d_model", "model_dim", "hidden_dim", "dim"),
     "num_hidden_layers": ("n_layer", "num_layers", "n_layers", "num_transformer_layers"),
     "vocab_size": ("num_vocab",),
-    "max_position_embeddings": ("n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length"),
+    "max_position_embeddings": (
+        "n_positions",
+        "n_ctx",
+        "max_seq_len",
+        "max_sequence_length",
+        "seq_length",
+        "model_max_length",
+        "max_target_positions",
+        "block_size",
+    ),
 }
+
+
+#: Model files that attend nowhere: memory alone limits a text.
+_RECURRENT = frozenset({"mamba", "mamba2", "rwkv7"})
+#: What is served where neither config.json nor the model file says how long a text may be.
+_NO_CONTEXT = 4096
+#: The arguments of a model file, and the file whose arguments they are too; a number that one has by default.
+_ARGUMENTS = re.compile(
+    r"^class ModelArgs\((?:(?P<of>\w+)\.ModelArgs|\w+)\):\n(?P<fields>(?:[ ].*\n|\n)*)", re.MULTILINE
+)
+_DEFAULT = re.compile(r"^    (\w+): (?:int|Optional\[int\]) = (\d+)$", re.MULTILINE)
+
+
+def check_layers(where: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Before a network is made for mlx-lm's model files, which make each layer before any weight is looked for: raise
+    `ModelError` for more layers than the model has tensors. They would take all memory, and hours."""
+    text = configs.text_config(config)
+    for name in ("num_hidden_layers", *_NAMES["num_hidden_layers"]):
+        _check_count(where, name, text.get(name), tensors)
+
+
+def check_blocks(gguf: GGUF) -> None:
+    """The same of a GGUF file."""
+    name = f"{gguf.metadata.get('general.architecture')}.block_count"
+    _check_count(gguf.path, name, gguf.metadata.get(name), len(gguf.tensors))
+
+
+def _check_count(where: Path, name: str, value: object, tensors: int) -> None:
+    if isinstance(value, int) and value > tensors:
+        raise ModelError(f"{where}: {name} is {value}, and the model has {tensors} tensors; the file is damaged")
 
 
 def _sizes_of_any(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,11 +296,27 @@ def _inspection(found: _Found) -> Inspection:
     )
 
 
+def _usual_context(file: str | None) -> int:
+    """What is served of a model whose config.json does not say how long a text may be: what mlx-lm's model file has
+    by default, by its text, without MLX."""
+    root = package.folder()
+    text = "" if root is None or file is None else (root / "models" / f"{file}.py").read_text(encoding="utf-8")
+    arguments = _ARGUMENTS.search(text)
+    if arguments is not None:
+        defaults = dict(_DEFAULT.findall(arguments["fields"]))
+        names = ("max_position_embeddings", *_NAMES["max_position_embeddings"])
+        found = next((int(defaults[name]) for name in names if name in defaults), None)
+        if found is not None or arguments["of"]:
+            return found or _usual_context(arguments["of"])
+    return configs.RECURRENT_CONTEXT if file in _RECURRENT else _NO_CONTEXT
+
+
 def _folder_context(path: Path, config: Mapping[str, Any], fields: Fields, reranks: bool) -> int:
     """What the model takes, or what its sentence-transformers files or mlx-lm's file limit that to."""
     architecture = config.get("model_type")
+    file = None if architecture in KINDS else package.file_of(config)
+    usual = allowed.CONTEXT.get(str(architecture)) or _usual_context(file)
     # T5 reads no field of the kind.
-    usual = allowed.CONTEXT.get(str(architecture), 2048)
     positions = usual if architecture == "t5" else fields.count("max_position_embeddings", usual)
     if architecture in ("mpnet", "xlm-roberta", "roberta", "camembert"):
         # Those up to padding's stand for no token; MPNet's padding is 1 throughout.
@@ -268,5 +324,4 @@ def _folder_context(path: Path, config: Mapping[str, Any], fields: Fields, reran
     embeds = reranks or KINDS.get(str(architecture)) == "embed" or pools_decoder(path, architecture)
     if embeds:
         return SentenceFiles.of(path).max_tokens(positions)
-    file = None if architecture in KINDS else package.file_of(config)
     return positions if file is None else configs.shown_context(config, file, positions)

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict
 import mlx.core as mx
 from typing_extensions import Unpack
 
+from engine.checkpoints.inspecting import check_blocks, check_layers
 from engine.checkpoints.kv_bits import keep_in_bits
 from engine.checkpoints.reranking import pairing_of
 from engine.checkpoints.sources import naming, resolve
@@ -37,6 +38,7 @@ from engine.platform.jsonfiles import read_config
 from engine.sparing import Pause, no_pause
 from engine.text.pairs import Pairing
 from engine.text.tokenizer import Tokenizer
+from engine.weights import safetensors_header
 from engine.weights.digest import weights_digest
 from engine.weights.folder import folder_tensors, gguf_tensors
 from engine.weights.gguf import GGUF
@@ -81,6 +83,8 @@ class LoadedModel:
     shard: Shard | None = field(default=None, repr=False)
     #: How a query and a text become one sequence (a model that reranks alone, which is one of kind "embed").
     pairing: Pairing | None = field(default=None, repr=False)
+    #: What drafts for it (kind "generate" only), counted in `bytes`; None: no model does.
+    draft: LoadedModel | None = field(default=None, repr=False)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -90,7 +94,9 @@ class LoadedModel:
     @property
     def summary(self) -> str:
         split = "" if self.shard is None else f"{self.shard.size} ranks share its {self.shard.split}, "
-        return f"{self.architecture}, {self.parameters / 1e6:.0f} M parameters, {split}{self.load_seconds:.1f} s"
+        drafts = "" if self.draft is None else f"{self.draft.name} drafts, "
+        parameters = f"{self.parameters / 1e6:.0f} M parameters"
+        return f"{self.architecture}, {parameters}, {split}{drafts}{self.load_seconds:.1f} s"
 
     def card(self, kinds: tuple[str, ...]) -> ModelCard:
         """What a worker that runs jobs of `kinds` on this model reports of it."""
@@ -262,6 +268,7 @@ def _load_decoder(asked: _Load, config: dict[str, Any]) -> LoadedModel:
 
 def _load_bridged(asked: _Load, config: dict[str, Any], file: str) -> LoadedModel:
     inner = model_folder(asked.path)
+    check_layers(inner / "config.json", config, len(safetensors_header.entries(inner)))
     model = BridgedDecoder.from_folder(inner, config, file, asked.precision, asked.pause, asked.shard)
     asked.pause()
     return _bridged(asked, model, Tokenizer.from_folder(inner))
@@ -278,6 +285,7 @@ def _load_gguf(asked: _Load) -> LoadedModel:
     gguf = GGUF(path)
     model = gguf_models.model_of(gguf.metadata)
     if model is not None:
+        check_blocks(gguf)
         decoder = BridgedDecoder.from_gguf(gguf, model, precision, pause, asked.shard)
         pause()
         return _bridged(asked, decoder, Tokenizer.from_gguf(gguf))

@@ -12,10 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from engine.checkpoints.inspecting import check_layers
 from engine.checkpoints.recipes import Recipe
 from engine.checkpoints.shards import Shards
 from engine.models.bridge import weights
-from engine.weights import safetensors
+from engine.weights import safetensors, safetensors_header
 from engine.weights.quantized import Form
 from stoker.errors import ModelError
 
@@ -38,6 +39,7 @@ class QuantizedNetwork:
     @classmethod
     def of(cls, folder: Path, config: Mapping[str, Any], file: str, recipe: Recipe) -> QuantizedNetwork:
         """The model of a folder, as mlx-lm's `file` has it. Raises `ModelError`."""
+        check_layers(folder / "config.json", config, len(safetensors_header.entries(folder)))
         spelled = weights.spelled(config, file)
         network, _ = weights.network_of(spelled, file)
         weights.fill(folder, spelled, network, safetensors.read_folder(folder))

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from engine.checkpoints.inspecting import KINDS, Inspection, inspect
+from engine.checkpoints.inspecting import KINDS, Inspection, check_blocks, check_layers, inspect
 from engine.checkpoints.loading import DECODERS, GGUF_DECODERS
 from engine.checkpoints.reranking import pairing_of
 from engine.checkpoints.sources import naming
@@ -31,7 +31,7 @@ from engine.models.sentence import EmbeddingSpec
 from engine.models.sentence_files import model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config
 from engine.text.tokenizer import Tokenizer
-from engine.weights import safetensors
+from engine.weights import safetensors, safetensors_header
 from engine.weights.folder import joined
 from engine.weights.gguf import GGUF
 from engine.weights.gguf_names import llama_name
@@ -103,6 +103,7 @@ def _outline(stored: Mapping[str, Stored], folder: Path) -> _Outline:
 
 def _bridged(folder: Path, config: Mapping[str, Any], file: str) -> None:
     """Names, shapes and tokenizer of a model that runs mlx-lm's `file`. No weight is computed."""
+    check_layers(folder / "config.json", config, len(safetensors_header.entries(folder)))
     network, _ = weights.network_of(config, file)
     arrays, config = weights.translated(folder, config, safetensors.read_folder(folder), mx.float32)
     weights.fill(folder, config, network, arrays)
@@ -140,6 +141,7 @@ def _gguf(path: Path, progress: Callable[[int, int], None]) -> tuple[int, int]:
     if model is None:
         _gguf_family(gguf, embedding.shape[0])
     else:
+        check_blocks(gguf)
         config = gguf_configs.config_of(gguf, model)
         gguf_weights.outline(gguf, model, config, weights.network_of(config, model.file)[0])
     check_ids(path, Tokenizer.from_gguf(gguf), embedding.shape[0])

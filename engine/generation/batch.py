@@ -219,7 +219,7 @@ class Batch:
         for one in tried:
             one.row.cached += len(one.taken)
             if not one.taken:
-                one.row.lookup = None
+                one.row.lookup = one.row.guess = None
         if not all(one.taken for one in tried):
             self.clean()
         return tried

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.generation.batch import Batch
+from engine.generation.draft_model import DraftModel
 from engine.generation.row import Row
 from engine.models.cache import bytes_per_token
 from engine.models.decoder import Decoder
@@ -12,19 +13,31 @@ from engine.prefixes.memory import PrefixCache
 
 
 class KvBudget:
-    """`limit` bytes for the batch, prompts on their way, and kept prefixes, which make way first."""
+    """`limit` bytes for the batch, prompts on their way, kept prefixes, which make way first, and what a draft model
+    has of the rows, which makes way next."""
 
-    def __init__(self, model: Decoder, limit: int, batch: Batch, prefixes: PrefixCache) -> None:
+    def __init__(
+        self, model: Decoder, limit: int, batch: Batch, prefixes: PrefixCache, drafts: DraftModel | None = None
+    ) -> None:
         self._token, self._limit = bytes_per_token(model), limit
         #: What recurrent layers keep of a row, however long it is.
         self._state = model.kv_sizes.state_bytes
-        self._batch, self._prefixes = batch, prefixes
+        self._batch, self._prefixes, self._drafts = batch, prefixes, drafts
         #: What prompts on their way take.
         self.prefilling = 0
 
     @property
     def used(self) -> int:
-        return self._batch.nbytes + self._prefixes.nbytes + self.prefilling
+        return self._batch.nbytes + self._prefixes.nbytes + self.prefilling + self._drafting
+
+    @property
+    def spare(self) -> int:
+        """What nobody takes."""
+        return max(0, self._limit - self.used)
+
+    @property
+    def _drafting(self) -> int:
+        return 0 if self._drafts is None else self._drafts.nbytes
 
     @property
     def most_tokens(self) -> int:
@@ -59,13 +72,15 @@ class KvBudget:
         return False
 
     def _fits(self, more: int) -> bool:
-        """Whether so many more bytes have room, were no prefix kept."""
-        return self.used - self._prefixes.nbytes + more <= self._limit
+        """Whether so many more bytes have room, were no prefix kept, and nothing drafted."""
+        return self.used - self._prefixes.nbytes - self._drafting + more <= self._limit
 
     def _evict_for(self, more: int) -> None:
-        """Let prefixes make way until so many more bytes have room, or none is left."""
+        """Let prefixes make way until so many more bytes have room, or none is left; then what drafts."""
         while self.used + more > self._limit and self._prefixes.evict():
             pass
+        if self._drafts is not None and self.used + more > self._limit:
+            self._drafts.give_up()
 
     def _needed(self, rows: int, length: int) -> int:
         return self._bytes(rows, length) + self._batch.growth([length] * rows)

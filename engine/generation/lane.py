@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
-from engine.generation.drafting import Drafter
+from engine.generation.draft_model import DraftModel
+from engine.generation.drafting import Drafter, Plan
 from engine.generation.draws import Pick
 from engine.generation.grouping import GROUP_TOKENS, PASS, Grouping, GroupLimits
+from engine.generation.guess import Guess
 from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.generation.pacing import CHUNK, CHUNK_OF_LAUNCHES, Chunk, LanePacer
@@ -58,10 +60,12 @@ class GenerateLane:
         self.shelf, self._clock, self._agreed = shelf, clock or time.perf_counter, agreed
         self._model, self._pool, self.limits = model, pool, limits or LaneLimits()
         self._decoder = model.decoder
-        self.step = Step(self._decoder, self.limits.compiled or usual())
+        compiled = self.limits.compiled or usual()
+        self.step = Step(self._decoder, compiled)
         chunk = CHUNK_OF_LAUNCHES if self.step.prompt_buckets else CHUNK
         self._pacer = LanePacer(self.limits.stall, chunk)
-        self.drafter = Drafter()
+        drafts = None if model.draft is None else DraftModel(model.draft, self._decoder.args.vocab, compiled)
+        self.drafter = Drafter(drafts, self._clock)
         #: When the last step ended.
         self._ended = 0.0
         self._vocabulary = GrammarVocabulary(model.tokenizer)
@@ -76,7 +80,8 @@ class GenerateLane:
         shortest = SHORTEST_ON_CPU if on_cpu() else SHORTEST
         self.prefixes = PrefixCache(kept, whole=bool(self._decoder.kv_sizes.states), shortest=shortest)
         self.pin(self._pinned)
-        self.budget = KvBudget(self._decoder, self.limits.kv_bytes, self.batch, self.prefixes)
+        self.drafter.reset()
+        self.budget = KvBudget(self._decoder, self.limits.kv_bytes, self.batch, self.prefixes, self.drafter.model)
         self._prompts, self._roster = Prompts(self.budget), Roster()
         self._seats = Seats(self.limits.slots, self._roster, self._prompts, self.batch, self.budget, preempted)
 
@@ -102,6 +107,8 @@ class GenerateLane:
         if (error := ticket.error) is not None:
             # Its jobs will say the same; other models of this worker serve.
             log.error("model %s cannot generate: %s", self._model.name, error)
+        if self.drafter.model is not None:
+            yield from self.drafter.model.warming()
 
     @property
     def busy(self) -> bool:
@@ -181,6 +188,10 @@ class GenerateLane:
         context, grammar = min(self._model.context, most), self._vocabulary.grammar(request, passed=passed)
         drafts = self._drafts(request)
         generation = Generation(ticket, request, prompt, self._model.tokenizer, context, grammar, drafts=drafts)
+        draft = self.drafter.model
+        if draft is not None and request.lookup is not False:
+            for row in generation.rows:
+                row.guess = Guess(draft.rate)
         generation.resume(data or ())
         if self.shelf is not None:
             generation.fetched = self.shelf.fetch(adapter, prompt.ids, self.prefixes)
@@ -228,6 +239,7 @@ class GenerateLane:
         # A pass that is under way began when the last step ended.
         began = self._ended if self.batch.in_flight else self._clock()
         width = 1
+        self.drafter.begin(self.batch.rows)
         self._pacer.begin({row.priority for row in self.held}, alone=lookahead, empty=not self.batch.rows)
         # Prompts and rows that decode take turns.
         late, self._let_go = self._let_go, False
@@ -241,7 +253,8 @@ class GenerateLane:
             # Behind first tokens that went before, the next chunk comes before the next pass.
             width = self._decode(output, lookahead and not (late and (self._prompts or self._roster.waiting)))
         self._ended = self._clock()
-        self._note(self._ended - began, output.rows, width, alone=not (pushed or late))
+        alone = not (pushed or late or self.drafter.has_read)
+        self._note(self._ended - began, output.rows, width, alone=alone)
 
     def _note(self, seconds: float, rows: int, width: int, *, alone: bool) -> None:
         """The step took `seconds`, with a pass over `width` tokens of each of `rows`; `alone`: with nothing else."""
@@ -376,16 +389,16 @@ class GenerateLane:
         waits then. Or launch one with drafts, and read that. How many tokens of each row the pass took."""
         batch = self.batch
         if batch.in_flight is None:
-            if (width := self._width_of_drafts()) > 1:
-                self._try_drafts(output, width)
-                return width
+            if (plan := self._plan_drafts()).width > 1:
+                self._try_drafts(output, plan)
+                return plan.width
             if not self._launch():
                 return 1
         pending = batch.in_flight
         if pending is None:
             return 1
         # A grammar has to see a token before it can say which may follow, and so has a draft.
-        if lookahead and not any(row.grammar for row in batch.rows) and self._width_of_drafts(ahead=1) == 1:
+        if lookahead and not any(row.grammar for row in batch.rows) and self._plan_drafts(ahead=1).width == 1:
             self._launch(again=True)
         output.rows = len(pending.rows)
         rows = batch.read(pending)
@@ -394,16 +407,19 @@ class GenerateLane:
         self._release_ended([row for row, _ in rows])
         return 1
 
-    def _width_of_drafts(self, ahead: int = 0) -> int:
-        """Tokens of each row that the next pass takes; 1: none drafts. Next to a background none does: how many of its
-        rows fit is measured without."""
+    def _plan_drafts(self, ahead: int = 0) -> Plan:
+        """Which drafts the next pass tries. Next to a background none: how many of its rows fit is measured without.
+        Rows that a model is to draft for are read on."""
         if self._pacer.contested:
-            return 1
-        return self.drafter.width(self.batch.rows, self.batch.room - ahead, ahead)
+            return Plan()
+        plan = self.drafter.plan(self.batch.rows, self.batch.room - ahead, ahead)
+        self.drafter.read(plan, len(self.batch.rows), self.budget.spare)
+        return plan
 
-    def _try_drafts(self, output: StepOutput, width: int) -> None:
+    def _try_drafts(self, output: StepOutput, plan: Plan) -> None:
+        self.drafter.draft(plan, self.batch.rows, self.budget.spare)
         try:
-            tried = self.batch.try_drafts(width)
+            tried = self.batch.try_drafts(plan.width)
         except RowFault as fault:
             self._fail(fault)
             return
@@ -460,6 +476,7 @@ class GenerateLane:
         """The end of a row: free what it holds, wherever it is."""
         if row.slot >= 0:
             self.batch.leave(row)
+        self.drafter.leave(row)
         self._prompts.drop(row)
         if row.adapter >= 0:
             self._pool.release(row.adapter)

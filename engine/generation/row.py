@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from engine.generation.draws import Draw, Pick, Uniforms, penalised
+from engine.generation.guess import Guess
 from engine.generation.lookup import Lookup, PromptNgrams
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.stopping import StopScanner
@@ -185,6 +186,8 @@ class Row:
         ngrams = self.generation.ngrams
         #: What it is expected to go on with; None: it drafts nothing.
         self.lookup = None if ngrams is None else Lookup(ngrams)
+        #: What a draft model makes of that; None: none drafts for it.
+        self.guess: Guess | None = None
 
     def guarded(self) -> _Guard:
         """What fails within is this row's own, and leaves as a `RowFault`."""
@@ -216,10 +219,14 @@ class Row:
     @property
     def uncached(self) -> list[int]:
         """Tokens that have to go through the model before the next one can be sampled."""
+        return self.behind(self.cached)
+
+    def behind(self, length: int) -> list[int]:
+        """Tokens of prompt and answer except the first `length`."""
         prompt = self.generation.prompt
-        if self.cached >= len(prompt):
-            return self.tokens[self.cached - len(prompt) :]
-        return prompt[self.cached :] + self.tokens
+        if length >= len(prompt):
+            return self.tokens[length - len(prompt) :]
+        return prompt[length:] + self.tokens
 
     def ends_within(self, ahead: int) -> bool:
         """Whether `ahead` more tokens are certainly its last."""
@@ -233,7 +240,7 @@ class Row:
     def draft(self, most: int) -> tuple[list[int], list[Draw]]:
         """`most` tokens at most that are expected next, as far as its grammar lets them come; and how the next token is
         sampled, and the one behind each of these, were they to come."""
-        draft = [] if self.lookup is None else self.lookup.draft(min(most, self.most_drafted))
+        draft = self._expected(max(0, min(most, self.most_drafted)))
         masks = [None] * (1 + len(draft)) if self.grammar is None else self.grammar.masks(draft)
         tally, found = self.tally, []
         for ahead, mask in enumerate(masks):
@@ -242,6 +249,11 @@ class Row:
             uniform = self._uniforms(len(self.tokens) + ahead) if self.request.temperature else 0.0
             found.append(Draw(self.request, uniform, tally, mask))
         return draft[: len(found) - 1], found
+
+    def _expected(self, most: int) -> list[int]:
+        if self.guess is not None and self.guess.tokens:
+            return self.guess.tokens[:most]
+        return [] if self.lookup is None else self.lookup.draft(most)
 
     def draw(self, ahead: int = 0) -> Draw:
         """How the next token is sampled, when the host does not know the `ahead` (0 or 1) before it yet."""
@@ -289,6 +301,8 @@ class Row:
         self.tokens.append(token)
         if self.lookup is not None:
             self.lookup.add(token)
+        if self.guess is not None:
+            self.guess.add(token)
         if self.grammar is not None:
             self.grammar.accept(token)
         if self._penalised:

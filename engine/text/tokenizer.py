@@ -107,7 +107,7 @@ class Tokenizer:
         if lowercase:
             _lowercase(inner)
         if ends and config.get("add_eos_token") is True:
-            _end(inner, names)
+            _end(inner, names, begins=config.get("add_bos_token") is not False)
         eos = [names.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id")]
         return cls(
             inner,
@@ -294,16 +294,26 @@ def _cleans(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
     return config.get("clean_up_tokenization_spaces") is True and (forced or not bpe)
 
 
-def _end(inner: tokenizers.Tokenizer, names: Mapping[str, str]) -> None:
-    """Put the end token behind every text, if the file does not do so itself."""
-    around = inner.encode("", add_special_tokens=True).ids
+def _end(inner: tokenizers.Tokenizer, names: Mapping[str, str], *, begins: bool) -> None:
+    """Put the end token behind every text, if the file does not do so itself. `begins`: whether the one before a text,
+    which the file may have, stays."""
+    before, behind = _around(inner)
     bos, eos = (inner.token_to_id(names.get(name, "")) for name in ("bos_token", "eos_token"))
-    if eos is None or eos in around[-1:]:
+    begun = bos is not None and before[:1] == [bos]
+    if eos is None or (behind[-1:] == [eos] and (begins or not begun)):
         return
-    first = [(names["bos_token"], bos)] if bos is not None and around[:1] == [bos] else []
-    tokens = [*first, (names["eos_token"], eos)]
+    first = [(names["bos_token"], bos)] if begun and begins else []
+    # A model may have one token for both.
+    tokens = [*dict.fromkeys([*first, (names["eos_token"], eos)])]
     single = [*(name for name, _ in first), "$A", names["eos_token"]]
     inner.post_processor = processors.TemplateProcessing(single=single, pair=None, special_tokens=tokens)
+
+
+def _around(inner: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the file puts before a text and behind it: an empty one would not say which is where."""
+    plain, whole = (inner.encode("a", add_special_tokens=special).ids for special in (False, True))
+    start = next((at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain), len(whole))
+    return whole[:start], whole[start + len(plain) :]
 
 
 def _lowercase(inner: tokenizers.Tokenizer) -> None:

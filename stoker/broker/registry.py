@@ -1,8 +1,9 @@
 """The registry of adapters in the broker: which versions there are, and which one serves. Every worker asks it.
 
 One hash an adapter: `next`, the last number given out; `serving`, the version that a bare name means ("" for none);
-`history`, those that served before, newest last; `version:<n>`, what is known of each, as JSON. A hash whose versions
-are all gone stays, so that a number is never used twice. One Lua script a transition: whole or not at all.
+`history`, those that served before, newest last; `version:<n>`, what is known of each, as JSON; `unloaded:<n>`, when a
+version was taken out, by the broker's clock. A hash whose versions are all gone stays, so that a number is never used
+twice. One Lua script a transition: whole or not at all.
 
 The functions take a blocking or an asyncio client, and return what it returns.
 """
@@ -23,6 +24,9 @@ from stoker.errors import InvalidRequest, UnknownAdapter
 
 #: What the field of a version begins with.
 VERSION = "version:"
+#: What the field begins with that says when a version was taken out, and the seconds for which it is there: workers
+#: delete the files meanwhile.
+UNLOADED, UNLOADED_TTL = "unloaded:", 30 * 24 * 3600
 #: What `change` can do.
 Verb = Literal["promote", "rollback", "deactivate", "unload"]
 
@@ -99,6 +103,7 @@ return 1
 #: Returns the version that serves then, "" for none, or nil if it cannot be done.
 CHANGE = (
     _SERVE
+    + f"local UNLOADED_TTL = {UNLOADED_TTL}"
     + """
 local key, verb, version, leaving = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local function known(version) return redis.call('HEXISTS', key, 'version:' .. version) == 1 end
@@ -122,6 +127,12 @@ elseif verb == 'unload' then
   if not known(version) or redis.call('HGET', key, 'serving') == version then return false end
   redis.call('HDEL', key, 'version:' .. version)
   redis.call('DEL', KEYS[2])
+  local now = tonumber(redis.call('TIME')[1])
+  for _, field in ipairs(redis.call('HKEYS', key)) do
+    local old = string.find(field, 'unloaded:', 1, true) == 1 and tonumber(redis.call('HGET', key, field))
+    if old and old < now - UNLOADED_TTL then redis.call('HDEL', key, field) end
+  end
+  redis.call('HSET', key, 'unloaded:' .. version, now)
 end
 return redis.call('HGET', key, 'serving') or ''
 """
@@ -195,6 +206,17 @@ def parse(model: str, name: str, raw: Mapping[bytes, bytes]) -> AdapterEntry:
     served = tuple(int(number) for number in history if follows(Rule.VERSION, str(number)))
     serves = int(serving) if serving and follows(Rule.VERSION, serving) else None
     return AdapterEntry(model, name, serves, served, dict(sorted(versions.items())))
+
+
+def unloaded(raw: Mapping[bytes, bytes]) -> dict[int, float]:
+    """From the adapter's hash: the versions that were taken out lately, and are not there again, with the time."""
+    found = {key.decode(errors="replace"): value for key, value in raw.items()}
+    taken = {name.removeprefix(UNLOADED): value for name, value in found.items() if name.startswith(UNLOADED)}
+    return {
+        int(number): float(value)
+        for number, value in taken.items()
+        if follows(Rule.VERSION, number) and value.isdigit() and f"{VERSION}{number}" not in found
+    }
 
 
 def parse_all(model: str, names: Iterable[str], replies: Iterable[Any]) -> list[AdapterEntry]:

@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
         # typer brings rich along, so only typer can be missing.
         if error.name != "typer":
             raise
-        raise ConfigError("typer is missing, which the command needs: pip install 'stoker[cli]'.") from None
+        raise ConfigError("typer is missing, which the command needs: pip install '.[cli]', from a checkout.") from None
     return app
 
 

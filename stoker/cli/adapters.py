@@ -14,6 +14,7 @@ from stoker.broker.registry import AdapterEntry, wanted
 from stoker.catalogue import parse_model
 from stoker.cli.engine_tool import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, print_json
+from stoker.contract.names import Rule, follows
 from stoker.contract.shown import printable
 from stoker.errors import ConfigError
 from stoker.files.durable import remove_folder
@@ -98,11 +99,19 @@ def remove(
             client.adapters.unload(f"{adapter}@{version}", entry.model)
     folder = load_settings().adapters / entry.model / entry.name
     try:
-        if folder.is_dir():
-            remove_folder(folder)
+        for gone in _of_those(folder, max(entry.versions, default=0)):
+            remove_folder(gone)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be deleted ({error}). The registry has let go of it.") from None
     print(f"{adapter}: {len(entry.versions)} versions removed")
+
+
+def _of_those(folder: Path, newest: int) -> list[Path]:
+    """What there is of versions up to `newest`. A job may make a newer one meanwhile, which stays."""
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    if any(int(path.name) > newest for path in found if follows(Rule.VERSION, path.name)):
+        return [path for path in found if follows(Rule.VERSION, path.name) and int(path.name) <= newest]
+    return [folder] if found else []
 
 
 def export(

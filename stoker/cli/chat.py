@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from stoker.cli import inputs
-from stoker.cli.generate import Adapter, MaxTokens, Seed, Temperature, TopP
+from stoker.cli.generate import Adapter, MaxTokens, Temperature, TopP
 from stoker.cli.options import Model, Url, connect, for_output, notes
 from stoker.client import Client
 from stoker.client.options import GenerateOptions
@@ -33,7 +33,7 @@ def chat(
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
-    seed: Seed = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first answer, and counted on: the same talk again.")] = None,
     url: Url = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /help lists what can be typed, /exit or Ctrl-D ends it."""
@@ -45,7 +45,11 @@ def chat(
             conversation.note(f"{conversation.described()}. /help lists what can be typed.")
         for line in lines_said():
             conversation.take(line)
-    print()
+    if sys.stdin.isatty():
+        print()
+    elif conversation.failed is not None:
+        # A program that does not read the notes learns it so.
+        raise typer.Exit(conversation.failed.exit_code)
 
 
 class Conversation:
@@ -56,8 +60,10 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         self.adapter: str | None = None
         self.system: str | None = None
-        #: The seed of the next answer; None: a new one.
+        #: The seed of the next answer, which counts on; None: a new one for each.
         self.seed: int | None = None
+        #: The first error that did not end the conversation.
+        self.failed: StokerError | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self.note(HELP),
             "/clear": lambda _: self._messages.clear(),
@@ -89,7 +95,7 @@ class Conversation:
         try:
             self._model = self._client.choose_model(name or None, GENERATE.name)
         except StokerError as error:
-            self.note(str(error))
+            self._forgive(error, str(error))
             return
         self.note(self.described())
 
@@ -113,21 +119,26 @@ class Conversation:
         start = [] if self.system is None else [{"role": "system", "content": self.system}]
         try:
             said = self._shown([*start, *self._messages])
-        except TextTooLong:
+        except TextTooLong as error:
             self._messages.pop()
-            self.note("the conversation has become too long for the model: /clear forgets it")
+            self._forgive(error, "the conversation has become too long for the model: /clear forgets it")
         except StokerError as error:
             # Those who type would lose all that was said; a program learns by the exit code what went wrong.
             if not (isinstance(error, InvalidRequest) or sys.stdin.isatty()):
                 raise
             self._messages.pop()
-            self.note(str(error))
+            self._forgive(error, str(error))
         else:
             self._messages.append({"role": "assistant", "content": said})
 
+    def _forgive(self, error: StokerError, said: str) -> None:
+        self.failed = self.failed or error
+        self.note(said)
+
     def _shown(self, messages: list[dict[str, str]]) -> str:
         """Show an answer as it is made. Ctrl-C ends it (and cancels the job); what was said until then counts."""
-        said, seed, self.seed = "", self.seed, None
+        said, seed = "", self.seed
+        self.seed = None if seed is None else (seed + 1) % 2**63
         options: GenerateOptions = {**self._options, "adapter": self.adapter}
         try:
             # To send it takes long where the queue is full, or the broker away.

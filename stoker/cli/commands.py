@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Annotated
 
@@ -35,6 +36,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    # rich cuts the names of options off where they are long or the terminal is narrow.
+    rich_markup_mode=None,
     help="A job queue that keeps a language model hot: embed, generate and train on one warm base.",
 )
 
@@ -52,7 +55,22 @@ def _root(
     pass
 
 
-_COMMANDS: tuple[Callable[..., None], ...] = (
+def _add(parent: typer.Typer, *commands: Callable[..., None], name: str | None = None) -> None:
+    """The first sentence of each, whole, is its line in the list of commands. `name`: of one that is called otherwise
+    than its function."""
+    for command in commands:
+        said = " ".join((inspect.getdoc(command) or "").split())
+        parent.command(name, short_help=said.partition(". ")[0].removesuffix(".") + ".")(command)
+
+
+def _group(name: str, said: str) -> typer.Typer:
+    group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help=said)
+    app.add_typer(group, name=name, short_help=said)
+    return group
+
+
+_add(
+    app,
     embed.embed,
     rerank.rerank,
     generate.generate,
@@ -71,32 +89,28 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     init.init,
     demo.demo,
 )
-for _command in _COMMANDS:
-    app.command()(_command)
 
-workers = typer.Typer(invoke_without_command=True, callback=machine.worker)
-for _command in (service.install, service.uninstall, service.logs):
-    workers.command()(_command)
+workers = typer.Typer(rich_markup_mode=None, invoke_without_command=True, callback=machine.worker)
+_add(workers, service.install, service.uninstall, service.logs)
 app.add_typer(workers, name="worker")
 
-queue = typer.Typer(no_args_is_help=True, help="Jobs that wait or run, and dead letters.")
-queue.command("list")(jobs.list_jobs)
-queue.command("dead")(jobs.list_dead)
-queue.command("retry")(jobs.retry)
-queue.command("cancel")(jobs.cancel_many)
-queue.command("purge")(jobs.purge)
-queue.command("policy")(policy.show_or_set)
-app.add_typer(queue, name="jobs")
+queue = _group("jobs", "Jobs that wait or run, and dead letters.")
+_add(queue, jobs.list_jobs, name="list")
+_add(queue, jobs.list_dead, name="dead")
+_add(queue, jobs.retry)
+_add(queue, jobs.cancel_many, name="cancel")
+_add(queue, jobs.purge)
+_add(queue, policy.show_or_set, name="policy")
 
-access = typer.Typer(no_args_is_help=True, help="Keys for the gateway.")
-access.command("create")(keys.create)
-access.command("list")(keys.list_keys)
-access.command("revoke")(keys.revoke)
-app.add_typer(access, name="keys")
+access = _group("keys", "Keys for the gateway.")
+_add(access, keys.create)
+_add(access, keys.list_keys, name="list")
+_add(access, keys.revoke)
 
-models = typer.Typer(no_args_is_help=True, help="Models that a worker can serve.")
-models.command("list")(models_commands.list_models)
-for _command in (
+models = _group("models", "Models that a worker can serve.")
+_add(models, models_commands.list_models, name="list")
+_add(
+    models,
     models_commands.pull,
     models_commands.inspect,
     models_commands.quantize,
@@ -105,13 +119,12 @@ for _command in (
     models_commands.unload,
     models_commands.pin,
     models_commands.unpin,
-):
-    models.command()(_command)
-app.add_typer(models, name="models")
+)
 
-adapters = typer.Typer(no_args_is_help=True, help="Adapters: their versions, and which one serves.")
-adapters.command("list")(adapters_commands.list_adapters)
-for _command in (
+adapters = _group("adapters", "Adapters: their versions, and which one serves.")
+_add(adapters, adapters_commands.list_adapters, name="list")
+_add(
+    adapters,
     adapters_commands.show,
     adapters_commands.load,
     adapters_commands.promote,
@@ -120,26 +133,17 @@ for _command in (
     adapters_commands.unload,
     adapters_commands.remove,
     adapters_commands.export,
-):
-    adapters.command()(_command)
-app.add_typer(adapters, name="adapters")
+)
 
-prefix = typer.Typer(no_args_is_help=True, help="System prompts, and other beginnings, that workers keep ready.")
-prefix.command("pin")(prefixes_commands.pin)
-prefix.command("list")(prefixes_commands.list_prefixes)
-prefix.command("unpin")(prefixes_commands.unpin)
-app.add_typer(prefix, name="prefix")
+prefix = _group("prefix", "System prompts, and other beginnings, that workers keep ready.")
+_add(prefix, prefixes_commands.pin)
+_add(prefix, prefixes_commands.list_prefixes, name="list")
+_add(prefix, prefixes_commands.unpin)
 
-training = typer.Typer(no_args_is_help=True, help="Training runs whose folders are on this machine.")
-training.command("list")(runs.list_runs)
-training.command("show")(runs.show)
-training.command("plot")(runs.plot)
-training.command("attach")(runs.attach)
-training.command("remove")(runs.remove)
-training.command("pin")(runs.pin)
-app.add_typer(training, name="runs")
+training = _group("runs", "Training runs whose folders are on this machine.")
+_add(training, runs.list_runs, name="list")
+_add(training, runs.show, runs.plot, runs.attach, runs.remove, runs.pin)
 
-kernels = typer.Typer(no_args_is_help=True, help="Fused kernels of this machine.")
-kernels.command("check")(machine.check_kernels)
-kernels.command("bench")(machine.bench_kernels)
-app.add_typer(kernels, name="kernels")
+kernels = _group("kernels", "Fused kernels of this machine.")
+_add(kernels, machine.check_kernels, name="check")
+_add(kernels, machine.bench_kernels, name="bench")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -13,14 +14,15 @@ import typer
 
 from stoker.cli import inputs
 from stoker.cli.options import Json, Model, Url, connect, notes, print_json
-from stoker.cli.progress import progress
+from stoker.cli.progress import Growing, progress
 from stoker.client import Client
 from stoker.client.chunks import BATCH_TEXTS
 from stoker.client.options import EmbedOptions
+from stoker.client.requests import embed_request
 from stoker.contract.kinds import EMBED
 from stoker.contract.requests import MAX_TEXTS
 from stoker.errors import InvalidRequest
-from stoker.files.source import Source
+from stoker.files.source import Again, Source
 
 
 def embed(
@@ -51,6 +53,8 @@ def embed(
     url: Url = None,
 ) -> None:
     """Turn texts into vectors. An interrupted run of a file continues when the command is given again."""
+    if output is None:
+        inputs.refuse_without_output(in_flight=in_flight, overwrite=overwrite)
     # A wrong `dtype` is the request's to refuse.
     options: EmbedOptions = {
         "truncation": "end" if truncate else "error",
@@ -132,20 +136,24 @@ def _embed_file(
     in_flight: int | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    from stoker.files.vector_output import opened
+    from stoker.files.output import opened
+    from stoker.files.vector_output import VectorOutput
 
     rows, digest = source.survey()
     again = source.again(rows, digest)
     model = client.choose_model(model, EMBED.name)
     job = {"rows": rows, "input": digest, "model": model, **options}
+    output = VectorOutput(path, rows, job)
+    # Before the file is opened: options that are wrong leave nothing behind.
+    embed_request(model, ["any"], options)
+    left = _left(source, again, output)
+    chunks = client.embed_chunks(left, model=model, batch=batch, in_flight=in_flight, **options)
     began = time.monotonic()
-    with opened(path, rows, job, overwrite) as output:
+    with closing(chunks), opened(output, overwrite):
         before = output.done
         if before:
             notes().print(f"[dim]going on behind {before} of {rows} texts[/dim]")
-        texts = islice(source.texts(again.lines()), before, None)
-        chunks = client.embed_chunks(texts, model=model, batch=batch, in_flight=in_flight, **options)
-        with closing(chunks), progress(output, rows, "texts") as report:
+        with progress(output, rows, "texts") as report:
             for vectors in chunks:
                 output.write(vectors)
                 report()
@@ -155,3 +163,8 @@ def _embed_file(
     return {"output": str(path), "rows": rows, "resumed": before, "dim": output.dim, "dtype": options["dtype"]} | {
         "seconds": round(seconds, 3)
     }
+
+
+def _left(source: Source, again: Again, output: Growing) -> Iterator[str]:
+    """The texts of which `output` has no vector when they are first asked for."""
+    yield from islice(source.texts(again.lines()), output.done, None)

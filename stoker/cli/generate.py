@@ -71,6 +71,8 @@ def generate(
     """
     if prompt == json_schema == inputs.STDIN:
         raise InvalidRequest("json_schema: standard input given, which is the prompt already. Name a file.")
+    if output is None:
+        inputs.refuse_without_output(in_flight=in_flight, overwrite=overwrite)
     options: GenerateManyOptions = {
         "adapter": adapter,
         "max_tokens": max_tokens,
@@ -116,7 +118,12 @@ def generate(
 def _prompt(given: str) -> str:
     if given.endswith(".jsonl") and inputs.is_file(given):
         raise InvalidRequest(f"{given} is a file: name a file for the answers to its requests with --output.")
-    return inputs.read_text("prompt") if given == inputs.STDIN else given
+    text = inputs.read_text("prompt") if given == inputs.STDIN else given
+    if not text.strip():
+        # As a message a model would answer it, and what a pipe has lost would not be missed.
+        where = inputs.STDIN_NAME if given == inputs.STDIN else "an empty text"
+        raise InvalidRequest(f"prompt: {where} given, without a character that is not a space; say something.")
+    return text
 
 
 def _report(record: dict[str, Any], as_json: bool) -> None:

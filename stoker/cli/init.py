@@ -21,10 +21,11 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where to; default: here.")] = Path(),
 ) -> None:
     """Write a small dataset to train on, and texts to embed. Files that are there already stay."""
-    for name, content in ((DATASET, conversations()), (TEXTS, _shipped("sentences.txt"))):
-        path = folder / name
+    files = {folder / DATASET: conversations(), folder / TEXTS: _shipped("sentences.txt")}
+    for path in files:
         if path.exists():
             raise InvalidRequest(f"{path} is there already. Name another folder: stoker init FOLDER.")
+    for path, content in files.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, partial(Path.write_text, data=content, encoding="utf-8"))

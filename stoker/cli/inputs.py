@@ -58,6 +58,13 @@ def read_json(name: str, given: str) -> Any:
         raise InvalidRequest(f"{name}: {shown} cannot be read as JSON ({error}).") from None
 
 
+def refuse_without_output(*, in_flight: int | None, overwrite: bool) -> None:
+    """What is for a file alone would change nothing. Raises `InvalidRequest`."""
+    for name, given in (("in-flight", in_flight is not None), ("overwrite", overwrite)):
+        if given:
+            raise InvalidRequest(f"--{name}: given without --output; it is for a file. Leave it out.")
+
+
 def is_unnamed(given: str) -> bool:
     """Whether no name says what is in it: standard input, or a pipe such as `<(…)`."""
     return given == STDIN or (is_pipe(given) and not Path(given).suffix)

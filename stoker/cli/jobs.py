@@ -13,7 +13,7 @@ from stoker.broker.ledger.record import summary
 from stoker.cli.options import Json, Url, connect, print_json
 from stoker.client import Client
 from stoker.contract.kinds import KINDS
-from stoker.contract.shown import printable
+from stoker.contract.shown import brief, printable
 from stoker.errors import InvalidRequest, JobLost
 
 
@@ -76,6 +76,7 @@ def cancel_many(
     """Stop jobs: those that are named, or all of a model, a kind or the broker."""
     if bool(job_ids) == (everything or model is not None or kind is not None):
         raise InvalidRequest("jobs cancel: name jobs by their ids, or say which: --all, --model, --kind; not both.")
+    _check_kind(kind)
     with connect(url) as client:
         chosen = job_ids or [job_id for job_id, job in client.jobs().items() if _is_meant(job, model, kind)]
         _cancel_each(client, chosen)
@@ -87,6 +88,7 @@ def purge(
     url: Url = None,
 ) -> None:
     """Stop every job that waits; those that run go on."""
+    _check_kind(kind)
     with connect(url) as client:
         waiting = {job_id: job for job_id, job in client.jobs().items() if "worker" not in job}
         chosen = [job_id for job_id, job in waiting.items() if _is_meant(job, model, kind)]
@@ -104,9 +106,12 @@ def _is_stopped(redis: Any, job_id: str) -> bool:
     return stopped
 
 
-def _is_meant(job: OpenJob, model: str | None, kind: str | None) -> bool:
+def _check_kind(kind: str | None) -> None:
     if kind is not None and kind not in KINDS:
-        raise InvalidRequest(f"kind: {kind!r} given; {', '.join(KINDS)} are allowed.")
+        raise InvalidRequest(f"kind: {brief(kind)} given; {', '.join(KINDS)} are allowed.")
+
+
+def _is_meant(job: OpenJob, model: str | None, kind: str | None) -> bool:
     return model in (None, job["model"]) and kind in (None, job["kind"])
 
 

@@ -52,6 +52,7 @@ def revoke(
     """Let a key count no more, from the next request on."""
     with connect(url) as client, translated(client.settings):
         api_keys.revoke(client.redis, key)
+    print(f"{key}: revoked")
 
 
 def _shown(limit: int | None) -> str:

@@ -15,14 +15,14 @@ from typing import Annotated, NoReturn, cast
 
 import typer
 
-from stoker.catalogue import parse_models
+from stoker.catalogue import drafts_of
 from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.contract import ModelCard, Presence
 from stoker.contract.kinds import EMBED, GENERATE, TRAIN
 from stoker.contract.names import Rule, checked
 from stoker.contract.presence import describe_prefix, describe_state
 from stoker.contract.shown import printable
-from stoker.errors import ConfigError, UnknownModel
+from stoker.errors import BrokerUnavailable, ConfigError, UnknownModel
 from stoker.local.home import make_home
 from stoker.local.interrupts import hold_back
 from stoker.local.storage import disk_use
@@ -187,7 +187,9 @@ def _serve_flower(settings: Settings, address: str, port: int, hosts: list[str])
         from stoker.monitor.command import serve
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        raise ConfigError(f"{name} is missing, which the monitor needs: pip install 'stoker[monitor]'.") from None
+        raise ConfigError(
+            f"{name} is missing, which the monitor needs: pip install '.[monitor]', from a checkout."
+        ) from None
     serve(settings, address, port, frozenset(name.lower() for name in hosts), lambda text: print(text, flush=True))
 
 
@@ -208,13 +210,13 @@ def _settings(
         shard=shard,
         kv_bits=cast(KvBits | None, kv_bits),  # checked there
     )
-    parse_models((*settings.models, *settings.on_demand))
+    drafts_of(settings)
     return settings
 
 
 def status(
     as_json: Json = False,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for a warm worker.")] = 0.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for a broker and a warm worker.")] = 0.0,
     disk: Annotated[bool, typer.Option("--disk", help="Show the disk that Stoker takes here instead.")] = False,
     url: Url = None,
 ) -> None:
@@ -223,12 +225,10 @@ def status(
         _show_disk(as_json)
         return
     end = time.monotonic() + wait
-    with connect(url) as client:
-        workers = client.workers()
-        while not workers and time.monotonic() < end:
-            time.sleep(0.1)
-            workers = client.workers()
-        shown = client.settings.address.shown
+    shown, workers = _alive(url, end)
+    while not workers and time.monotonic() < end:
+        time.sleep(0.1)
+        shown, workers = _alive(url, end)
     if as_json:
         print_json([worker.model_dump(mode="json") for worker in workers])
     else:
@@ -236,6 +236,18 @@ def status(
             print("\n".join(_describe(worker)))
     if not workers:
         raise UnknownModel(f"no worker is alive at {shown}. Start one with `stoker up` or `stoker worker`.")
+
+
+def _alive(url: str | None, end: float) -> tuple[str, Sequence[Presence]]:
+    """The broker, and its workers. Until `end` one that does not answer has none: a `stoker up` may just be starting
+    it, and says where it is once it has."""
+    try:
+        with connect(url) as client:
+            return client.settings.address.shown, client.workers()
+    except BrokerUnavailable:
+        if time.monotonic() >= end:
+            raise
+        return "", ()
 
 
 def _show_disk(as_json: bool) -> None:

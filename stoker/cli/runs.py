@@ -14,8 +14,8 @@ from stoker.cli.options import Json, Url, connect, print_json
 from stoker.cli.train import follow, outcome
 from stoker.client import Client, TrainJob
 from stoker.errors import ConfigError, InvalidRequest, JobLost
-from stoker.files.durable import remove_folder
-from stoker.local.runs import PIN_FILE, StoredRun, find_run, stored_runs
+from stoker.files.durable import remove_folder, write_whole
+from stoker.local.runs import DONE, PIN_FILE, StoredRun, find_run, stored_runs
 from stoker.settings import load_settings
 
 RunId = Annotated[
@@ -80,7 +80,7 @@ def plot(
     rates.set_ylabel("learning rate")
     axes.legend()
     try:
-        figure.savefig(out)
+        write_whole(out, figure.savefig)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{out}: cannot be written ({error}).") from None
     print(out)
@@ -99,7 +99,7 @@ def attach(run: RunId, url: Url = None) -> None:
 def remove(run: RunId, url: Url = None) -> None:
     """Delete the folder of a run that has ended: its log and its checkpoints. The adapter that it made stays."""
     found = _found(run)
-    if not found.has_ended:
+    if found.status != DONE and (not found.has_ended or load_settings(url=url).chosen_url is not None):
         with connect(url) as client:
             _refuse_open(client, found)
     try:
@@ -126,7 +126,8 @@ def pin(
 
 
 def _refuse_open(client: Client, run: StoredRun) -> None:
-    """A run whose worker died says that it runs; only the broker knows whether a worker will go on with it."""
+    """A run whose worker died says that it runs, and one that failed does not say that its job was sent again; only the
+    broker knows whether a worker will go on with it."""
     try:
         status = client.job(run.id).status()
     except JobLost:

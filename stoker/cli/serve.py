@@ -31,5 +31,7 @@ def _serve(settings: Settings, address: str, port: int, hosts: list[str]) -> Non
         from stoker.gateway.command import serve
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        raise ConfigError(f"{name} is missing, which the gateway needs: pip install 'stoker[gateway]'.") from None
+        raise ConfigError(
+            f"{name} is missing, which the gateway needs: pip install '.[gateway]', from a checkout."
+        ) from None
     serve(settings, address, port, frozenset(name.lower() for name in hosts), lambda text: print(text, flush=True))

@@ -6,17 +6,18 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated
+from urllib.parse import parse_qsl, urlencode
 
 import typer
 
-from stoker.address import Address
-from stoker.catalogue import from_anywhere, parse_models
+from stoker.address import FILES, Address
+from stoker.catalogue import draft_from_anywhere, drafts_of, from_anywhere
 from stoker.contract.names import Rule, checked
 from stoker.errors import ConfigError
 from stoker.local.home import make_home
 from stoker.local.service import Service, read_environment, write_environment
 from stoker.local.service_manager import install as install_service
-from stoker.local.service_manager import manager
+from stoker.local.service_manager import installed, manager
 from stoker.local.service_manager import uninstall as uninstall_service
 from stoker.settings import ENV_PREFIX, load_settings, settings_of
 
@@ -39,7 +40,7 @@ def install(
     found = load_settings()
     environment = _environment(Service.of(found, name), model, url)
     settings = settings_of(environment)
-    parse_models((*settings.models, *settings.on_demand))
+    drafts_of(settings)
     if name is not None:
         checked(Rule.JOB_ID, "name", name)
     worker_command(settings, "any")  # refuses an installation that has no worker
@@ -52,11 +53,13 @@ def install(
     # Without a broker it would end at each start.
     shown = settings.address.shown
     make_home(settings.home)
+    # By its own settings, which are written over.
+    former = installed(of)
     try:
         write_environment(service.environment_file, environment)
     except OSError as error:
         raise ConfigError(f"{service.environment_file}: cannot be written ({error.strerror}).") from None
-    install_service(of, service)
+    install_service(of, service, former)
     print(f"a worker of {shown} is installed, and starts now: `stoker worker logs --follow` shows it")
     print(of.note)
 
@@ -64,8 +67,11 @@ def install(
 def uninstall() -> None:
     """Stop the worker that was installed (it drains first), and delete its service and its settings. Its log stays."""
     of = manager()
-    done = uninstall_service(of, Service.of(load_settings(), None))
-    print("the worker is uninstalled" if done else f"no worker is installed: there is no {of.file}")
+    service = uninstall_service(of)
+    if service is None:
+        print(f"no worker is installed: there is no {of.file}")
+    else:
+        print(f"the worker of STOKER_HOME={service.folder} is uninstalled")
 
 
 def logs(
@@ -74,9 +80,10 @@ def logs(
 ) -> None:
     """Show what the installed worker wrote."""
     of = manager()
-    if not of.file.exists():
+    service = installed(of)
+    if service is None:
         raise ConfigError(f"no worker is installed: there is no {of.file}. `stoker worker install` does it.")
-    command = of.logs(Service.of(load_settings(), None), lines, follow)
+    command = of.logs(service, lines, follow)
     try:
         os.execvp(command[0], command)
     except OSError as error:
@@ -108,8 +115,16 @@ def _from_anywhere(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _models(value: str) -> str:
+    return _each(value, from_anywhere)
+
+
+def _drafts(value: str) -> str:
+    return _each(value, draft_from_anywhere)
+
+
+def _each(value: str, meant: Callable[[str], str]) -> str:
     """A comma alone is no model, where nothing would be the default."""
-    return ",".join(from_anywhere(part.strip()) for part in value.split(",") if part.strip()) or ","
+    return ",".join(meant(part.strip()) for part in value.split(",") if part.strip()) or ","
 
 
 def _path(value: str) -> str:
@@ -121,6 +136,15 @@ def _store(value: str) -> str:
     return value if "://" in value or "::" in value else _path(value)
 
 
+def _broker(value: str) -> str:
+    """A URL names files for TLS, where it names any."""
+    where, _, query = value.partition("?")
+    options = parse_qsl(query, keep_blank_values=True)
+    if not any(name in FILES for name, _ in options):
+        return value
+    return f"{where}?{urlencode([(name, _path(said) if name in FILES else said) for name, said in options])}"
+
+
 def _library(value: str) -> str:
     """What is no path is a word (`off`), or is looked for by the system."""
     return _path(value) if "/" in value else value
@@ -130,7 +154,9 @@ def _library(value: str) -> str:
 _MEANT: Mapping[str, Callable[[str], str]] = {
     "MODELS": _models,
     "ON_DEMAND": _models,
+    "DRAFT_MODELS": _drafts,
     "DATA": _path,
     "ARTIFACTS": _store,
     "BLAS": _library,
+    "URL": _broker,
 }

@@ -80,7 +80,11 @@ def train(
         with _examples(dataset) as examples:
             job = client.train(name, examples, model=model, **options)
         notes().print(f"[dim]job {job.id}[/dim]")
-        result = follow_json(job) if as_json else follow(job)
+        try:
+            result = follow_json(job) if as_json else follow(job)
+        except KeyboardInterrupt:
+            notes().print(f"[dim]the run goes on: `stoker runs attach {job.id}`, `stoker cancel {job.id}`[/dim]")
+            raise
         if not as_json:
             print(f"adapter {result.adapter}@{result.version}: {outcome(result)}")
 

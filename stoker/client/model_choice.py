@@ -67,7 +67,7 @@ def choose_model(model: str | None, ability: str, known: Mapping[str, ModelCard]
             return meant.pop()
         raise UnknownModel(
             f"no model given, and {_listed(warm)} can {ability}. {_offered(offered)}"
-            + ("Name one with model=…." if meant else "Start a worker with `stoker up`.")
+            + ("Name one with model=…." if meant else _beginning(workers))
         )
     model = model_name(model)
     if model in warm | offered:
@@ -85,7 +85,7 @@ def choose_model(model: str | None, ability: str, known: Mapping[str, ModelCard]
             f"this client speaks version {CONTRACT}. Run the same release of Stoker on both sides."
         )
     if ability not in known[model].abilities:
-        able = " and ".join(known[model].abilities)
+        able = ", ".join(known[model].abilities)
         raise UnknownModel(f"model {model!r} cannot {ability}: it can {able}; {_listed(warm)} can {ability}.")
     return model
 
@@ -127,6 +127,13 @@ def _listed(models: Iterable[str]) -> str:
 def _offered(models: Iterable[str]) -> str:
     names = sorted(models)
     return f"Workers may load {', '.join(names)}. " if names else ""
+
+
+def _beginning(workers: Sequence[Presence]) -> str:
+    """What to do where no model is meant that a worker has, or may load."""
+    if workers:
+        return "Give a worker one that can: `stoker models load MODEL`, or `stoker worker --model MODEL`."
+    return "Start a worker with `stoker up`."
 
 
 def _remedy(model: str, warm: Iterable[str]) -> str:

@@ -138,6 +138,6 @@ def checked_options(given: Mapping[str, object], options: type[Options], named: 
             known = sorted({*options.__annotations__, *named})
             shown = name if isinstance(name, str) and len(name) <= 60 and name.isidentifier() else brief(name)
             close = difflib.get_close_matches(shown, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise InvalidRequest(f"{shown}: no such option; {hint}Allowed: {', '.join(known)}.")
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise InvalidRequest(f"{shown}: no such option{hint} Allowed: {', '.join(known)}.")
     return dict(given)

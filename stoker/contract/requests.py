@@ -9,6 +9,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     StringConstraints,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -68,6 +69,9 @@ def _not_blank(text: str) -> str:
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_not_blank)]
 
 
+_NUMBERS: tuple[object, ...] = (int, float, int | None, float | None)
+
+
 class JobRequest(Message):
     """The fields that every kind of job has."""
 
@@ -77,6 +81,14 @@ class JobRequest(Message):
     deadline: float | None = Field(default=None, gt=0.0, le=30 * 24 * 3600.0)
 
     kind: ClassVar[str]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, asked: ValidationInfo) -> Any:
+        """pydantic takes `true` for 1: an answer of one token, in silence, where `max_tokens` is that."""
+        if isinstance(value, bool) and cls.model_fields[str(asked.field_name)].annotation in _NUMBERS:
+            raise ValueError(f"{value} given; expected a number")
+        return value
 
     @property
     def ability(self) -> str:
@@ -234,6 +246,15 @@ class GenerateRequest(JobRequest):
         if self.lookup is None:
             made.pop("lookup", None)
         return made
+
+    @field_validator("prompt_ids", "stop_token_ids", "logit_bias", mode="before")
+    @classmethod
+    def _no_truth_among_numbers(cls, value: Any) -> Any:
+        items = value.values() if isinstance(value, dict) else value
+        # By their types: to compare would take 1 for true.
+        if isinstance(value, dict | list | tuple) and bool in set(map(type, items)):
+            raise ValueError("true or false is among them; expected numbers")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod

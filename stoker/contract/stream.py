@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from stoker.contract.base import Message
 
 #: Why an answer ended. `stop`: the model's own end token; `stop_token`, `stop_string`: one that the request names;
@@ -57,8 +59,8 @@ class TrainReport(Message):
     """
 
     index: int
-    step: int
-    steps: int
+    step: int = Field(ge=0)
+    steps: int = Field(ge=1)
     loss: float
     learning_rate: float
     gradient_norm: float

@@ -7,7 +7,7 @@ form is known by the answer alone, and each is taken from any model.
 - Llama 3: `<|python_tag|>CALL`, Mistral: `[TOOL_CALLS]CALL`, from there to the end.
 - Mistral since 2025: `[TOOL_CALLS]NAME[ARGS]{…}`, as often as the model likes, from there to the end.
 - The last three without their markers, which are special tokens that workers leave out of texts: then the calls are the
-  whole answer.
+  whole answer; or, as `NAME{…}`, the end of one that says something before.
 - Qwen3-Coder: `<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>`, as Hermes's.
 
 CALL is JSON: an object with `name` and `arguments` (or `parameters`), or a list of such objects. All of them have to be
@@ -23,11 +23,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stoker.contract.call_forms import ARGS, CALL_ID, VALUE, VALUE_END, XML, Functions, named_calls, xml_call
-from stoker.contract.parts import Arguments, Begun, FunctionCall, Part, begun_marker
+from stoker.contract.parts import Arguments, Begun, FunctionCall, Part
 
 _OPENER, _CLOSER = "<tool_call>", "</tool_call>"
 _OPENERS = (_OPENER, "<|python_tag|>", "[TOOL_CALLS]")
-_OPENING = re.compile("|".join(map(re.escape, _OPENERS)))
 #: What matters to the end of a call: an escaped character and a quote within JSON, and the markers.
 _MARKS = re.compile(rf'\\.|"|{_CLOSER}|{_OPENER}', re.DOTALL)
 #: The same of Qwen3-Coder's form, none longer than the closer.
@@ -49,10 +48,17 @@ class CallReader:
         self._parallel = parallel
         #: How Mistral's newer form begins.
         self._named = tuple(f"{name}{mark}" for name in self._functions for mark in ("{", ARGS, CALL_ID))
+        #: The same without its markers, behind a text; and what may become one of all markers.
+        bare = [f"{name}{{{mark}" for name in self._functions for mark in '"}']
+        self._opening = re.compile("|".join(map(re.escape, (*_OPENERS, *bare))))
+        self._begun = frozenset(marker[:end] for marker in (*_OPENERS, *bare) for end in range(1, len(marker)))
+        self._longest = max(map(len, self._begun))
         #: Text that is not decided on: from `_at` on; before it stands what is done with.
         self._held, self._at = "", 0
         #: The marker of the call that may have begun before `_at`; "": the answer may be one without; None: none has.
         self._opener: str | None = ""
+        #: Characters of it that are text if it is none, though it has no marker; and the last one before `_held`.
+        self._bare, self._last = 0, ""
         #: How far that call was looked through, and whether a string of its JSON, or a value of its XML, is open there.
         self._seen, self._quoted = 0, False
         #: Blanks before a text or a call; next to calls they say nothing.
@@ -61,6 +67,7 @@ class CallReader:
     def feed(self, text: str) -> list[Part]:
         self._held += text
         parts = self._parts(ended=False)
+        self._last = self._before(self._at)
         self._held, self._seen, self._at = self._held[self._at :], self._seen - self._at, 0
         return parts
 
@@ -78,17 +85,34 @@ class CallReader:
 
     def _text(self, parts: list[Part], *, ended: bool) -> bool:
         """Pass on text up to the next marker, or what may become one. Whether one was found."""
-        found = _OPENING.search(self._held, self._at)
+        found = next(filter(self._opens, self._opening.finditer(self._held, self._at)), None)
         if found is None:
-            held_back = 0 if ended else begun_marker(self._held, _OPENERS)
-            end = max(self._at, len(self._held) - held_back)
+            end = len(self._held) - (0 if ended else self._may_begin())
             self._say(parts, self._held[self._at : end])
             self._at = end
             return False
         self._say(parts, self._held[self._at : found.start()])
-        self._at = self._seen = found.end()
-        self._opener, self._quoted = found.group(), False
+        self._quoted = False
+        if found.group() in _OPENERS:
+            self._at = self._seen = found.end()
+            self._opener = found.group()
+        else:
+            self._at = self._seen = found.start()
+            self._opener, self._bare = "", len(found.group())
         return True
+
+    def _opens(self, found: re.Match[str]) -> bool:
+        """Whether a call may begin there: a name that is the end of a word is none."""
+        before = self._before(found.start())
+        return found.group() in _OPENERS or not (before.isalnum() or before in ("_", "-"))
+
+    def _before(self, at: int) -> str:
+        return self._held[at - 1] if at else self._last
+
+    def _may_begin(self) -> int:
+        """How many characters at the end may be the beginning of a marker."""
+        held, most = self._held, min(len(self._held) - self._at, self._longest)
+        return next((length for length in range(most, 0, -1) if held[-length:] in self._begun), 0)
 
     def _call(self, parts: list[Part], *, ended: bool) -> bool:
         """Make calls of what stands behind the marker, or text of the marker. Whether that is decided."""
@@ -100,8 +124,10 @@ class CallReader:
             self._made(parts, calls)
             self._at = end + len(_CLOSER) if self._held.startswith(_CLOSER, end) else end
         else:
-            self._say(parts, self._opener or "")
-        self._opener = None
+            passed = self._at + self._bare
+            self._say(parts, (self._opener or "") + self._held[self._at : passed])
+            self._at = passed
+        self._opener, self._bare = None, 0
         return True
 
     def _end(self, *, ended: bool) -> int | None:

@@ -1,4 +1,4 @@
-"""A password of this machine's own, in a file that no other user can read."""
+"""A password of this machine's own, or a name that no other has, in a file that no other user can read."""
 
 from __future__ import annotations
 
@@ -50,8 +50,16 @@ def _make(file: Path) -> None:
             out.write(secrets.token_urlsafe(18) + "\n")
             out.flush()
             os.fsync(out.fileno())
+        _publish(draft, file)
+    finally:
+        Path(draft).unlink(missing_ok=True)
+
+
+def _publish(draft: str, file: Path) -> None:
+    try:
         os.link(draft, file)
     except FileExistsError:
         pass
-    finally:
-        os.unlink(draft)
+    except OSError:
+        # A file system without links, as exFAT.
+        os.rename(draft, file)

@@ -45,7 +45,7 @@ class Source:
             self._text(line, f"{self.path.name}, line {number}")
             count += 1
         if not count:
-            raise DatasetError(f"{self.path}: no text in it.")
+            raise DatasetError(f"{self.path.name}: no text in it.")
         return count, digest.hexdigest()
 
     def again(self, rows: int, digest: str) -> Again:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import numpy as np
 
 from stoker.contract.vectors import Encoded, Int8Vectors
 from stoker.errors import ConfigError, InvalidRequest, ModelError
-from stoker.files import output
 from stoker.files.durable import flush
 from stoker.files.output import Output, check_path, partial_path
 
@@ -141,13 +139,6 @@ class VectorOutput(Output):
         partial.unlink()
 
 
-def opened(
-    path: Path, rows: int, job: Mapping[str, Any], overwrite: bool = False
-) -> AbstractContextManager[VectorOutput]:
-    """An output of vectors: see `output.opened`."""
-    return output.opened(VectorOutput(path, rows, job), overwrite)
-
-
 def _arrays(vectors: Encoded) -> dict[str, np.ndarray]:
     if isinstance(vectors, Int8Vectors):
         return {"vectors": vectors.codes, "scales": vectors.scales[:, None]}
@@ -159,7 +150,7 @@ def _pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError("Parquet needs pyarrow: pip install 'stoker[parquet]'.") from None
+        raise ConfigError("Parquet needs pyarrow: pip install '.[parquet]', from a checkout.") from None
     return pyarrow
 
 

@@ -86,10 +86,11 @@ def _call(block: Block) -> dict[str, object]:
 
 
 class AnthropicTool(Body):
+    #: The first, because one of another type lacks what follows.
+    type: Literal["custom"] = "custom"
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     input_schema: dict[str, Any]
     description: str = ""
-    type: Literal["custom"] = "custom"
 
     @property
     def function(self) -> Function:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, Router
+from starlette.routing import Match, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stoker.client._async.broker_link import AsyncBrokerLink
@@ -37,6 +38,12 @@ Reader: TypeAlias = Callable[[Call], Awaitable[Generation]]
 Answerer: TypeAlias = Callable[[Request], Awaitable[ASGIApp]]
 #: The same, of an endpoint that goes by who asks: the client key.
 Owned: TypeAlias = Callable[[Request, str], Awaitable[ASGIApp]]
+
+
+def _methods(routes: Sequence[Route], scope: Scope) -> list[str]:
+    """Those that the path of a request takes."""
+    taking = (route for route in routes if route.matches(scope)[0] is not Match.NONE)
+    return sorted({method for route in taking for method in route.methods or ()})
 
 
 class Endpoint:
@@ -97,7 +104,8 @@ class Gateway:
         kept = [*self._of_files(), *self._of_fine_tuning()]
         routes += [Route(path, Endpoint(self.owned(answer)), methods=[method]) for method, path, answer in kept]
         paths = (*posted, *shown, *(path for _, path, _ in kept))
-        return Front(Router(routes, lifespan=self._lifespan), self.names, numbers, paths)
+        router = Router(routes, lifespan=self._lifespan)
+        return Front(router, self.names, numbers, paths, partial(_methods, routes))
 
     def _of_files(self) -> list[tuple[str, str, Owned]]:
         files = Files(self.store)

@@ -21,6 +21,9 @@ async def read_body(request: Request) -> bytes:
     if kind != "application/json":
         # A page of another site may send any other type without being asked for leave.
         raise Refused(415, f"Content-Type: {brief(kind)} given; expected application/json.")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() not in ("", "identity"):
+        raise Refused(415, f"Content-Encoding: {brief(coding)} given; send the body as it is, not compressed.")
     said = request.headers.get("content-length", "0")
     if said.isdecimal() and int(said) > MOST_BYTES:
         raise _too_large()

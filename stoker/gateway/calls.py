@@ -72,7 +72,7 @@ class Call:
     def model(self, name: str) -> tuple[str, str | None]:
         """The base and the adapter of `base`, `base:adapter` or `base:adapter@2`. Raises `Refused`."""
         base, colon, adapter = name.partition(":")
-        if colon and not adapter:
+        if not base or (colon and not adapter):
             message = f"model: {brief(name, 160)} given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION."
             raise Refused(404, message, param="model", code="model_not_found")
         if self.caller.models is not None and base not in self.caller.models:

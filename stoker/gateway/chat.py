@@ -68,8 +68,9 @@ class ChatBody(OpenAIBody):
         "verbosity": "say it in a message",
         "web_search_options": "models here have no network; leave it out",
     }
+    IDLE: ClassVar[Mapping[str, object]] = {"functions": [], "metadata": {}, "modalities": ["text"]}
 
-    messages: Items[ChatMessageBody]
+    messages: Items[ChatMessageBody] = Field(min_length=1)
     max_completion_tokens: int | None = None
     #: The older name of the same.
     max_tokens: int | None = None

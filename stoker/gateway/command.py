@@ -34,6 +34,8 @@ IDLE = 60
 
 def serve(settings: Settings, address: str, port: int, names: frozenset[str], say: Callable[[str], None]) -> None:
     """Serve until a signal ends it. Raises `ConfigError`."""
+    # Where none was chosen, nothing is begun.
+    broker = settings.address.shown
     logs.configure(settings)
     for name in ("uvicorn.error", "uvicorn.access", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -49,7 +51,7 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
         where = listener.getsockname()[1]
         shown = f"[{address}]" if ":" in address else address
         say(f"gateway  http://{shown}:{where}/v1")
-        say(f"broker   {settings.address.shown}")
+        say(f"broker   {broker}")
         asyncio.run(server(gateway.application()).serve(sockets=[listener]))
 
 

@@ -45,6 +45,7 @@ class CompletionBody(OpenAIBody):
         "echo": "put the prompt before the answer yourself",
         "suffix": "models here continue texts alone; leave it out",
     }
+    IDLE: ClassVar[Mapping[str, object]] = {"best_of": 1, "echo": False, "suffix": ""}
 
     prompt: Annotated[str | Annotated[list[int], Field(fail_fast=True)], BeforeValidator(_one_prompt)]
     max_tokens: int = DEFAULT_TOKENS

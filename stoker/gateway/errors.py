@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from stoker import errors
 from stoker.errors import InvalidRequest, QueueFull, StokerError
@@ -16,7 +17,7 @@ AWAY = 5
 
 class Refused(Exception):
     """A request is answered with an error. `param`: the field that is wrong. `again`: seconds after which the same
-    request may succeed; None: it would not, and clients shall not repeat it by themselves."""
+    request may succeed; None: it would not, and clients shall not repeat it by themselves. `further`: headers."""
 
     def __init__(
         self,
@@ -26,12 +27,17 @@ class Refused(Exception):
         param: str | None = None,
         code: str | None = None,
         again: float | None = None,
+        further: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(message)
+        self.further = further
         self.status, self.message, self.param, self.code, self.again = status, message, param, code, again
 
     @property
     def headers(self) -> dict[str, str]:
+        return {**self._when(), **self.further}
+
+    def _when(self) -> dict[str, str]:
         """What says whether to ask again: both vendors' clients go by the second."""
         if self.again is None:
             return {"x-should-retry": "false"} if self.status in (409, 429) or self.status >= 500 else {}

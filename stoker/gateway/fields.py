@@ -35,7 +35,7 @@ def at_most(most: int) -> BeforeValidator:
 
 
 class Body(BaseModel):
-    """What an endpoint takes. A field that is null counts as not given."""
+    """What an endpoint takes. A field that is null counts as not given; so does one that asks for nothing (`IDLE`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -44,7 +44,7 @@ class Body(BaseModel):
     def _without_nulls(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        given = {name: value for name, value in fields.items() if value is not None}
+        given = cls.asked(fields)
         known = {field.alias or name for name, field in cls.model_fields.items()}
         # One that is not known is enough to be refused.
         unknown = next((name for name in given if name not in known), None)
@@ -52,6 +52,18 @@ class Body(BaseModel):
 
     #: Fields of the vendor's interface that Stoker does not have: name → what to do instead.
     REFUSED: ClassVar[Mapping[str, str]] = {}
+    #: Values of such fields by which programs ask for what is done anyway.
+    IDLE: ClassVar[Mapping[str, object]] = {}
+
+    @classmethod
+    def asked(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `fields` that ask for something."""
+        return {name: value for name, value in fields.items() if value is not None and not cls._is_idle(name, value)}
+
+    @classmethod
+    def _is_idle(cls, name: str, value: object) -> bool:
+        # For Python `True` is 1, and for JSON it is not.
+        return name in cls.IDLE and type(value) is type(cls.IDLE[name]) and value == cls.IDLE[name]
 
 
 def parse(body: type[B], raw: bytes) -> B:
@@ -72,7 +84,7 @@ def parse(body: type[B], raw: bytes) -> B:
 
 def checked_body(body: type[B], given: Mapping[str, Any]) -> B:
     """Raises `Refused` for the first field that is wrong."""
-    for name in (name for name, value in given.items() if value is not None):
+    for name in body.asked(given):
         _check_known(body, name)
     try:
         return body.model_validate(given)
@@ -88,10 +100,10 @@ def _check_known(body: type[Body], name: str) -> None:
             400, f"{name}: not supported by Stoker; {body.REFUSED[name]}.", param=name, code="unsupported_parameter"
         )
     close = difflib.get_close_matches(name[:60], body.model_fields, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     shown = brief(name, 60).strip("'\"")
     allowed = ", ".join(body.model_fields)
-    raise Refused(400, f"{shown}: no such field; {hint}Allowed: {allowed}.", param=shown, code="unknown_parameter")
+    raise Refused(400, f"{shown}: no such field{hint} Allowed: {allowed}.", param=shown, code="unknown_parameter")
 
 
 def _refusal(error: ValidationError) -> Refused:
@@ -104,6 +116,11 @@ def _refusal(error: ValidationError) -> Refused:
         return Refused(400, message, param=where, code="unsupported_parameter")
     if problem["type"] == "value_error":
         said = problem["msg"].removeprefix("Value error, ")
+    elif problem["type"] == "too_short":
+        least = problem["ctx"]["min_length"]
+        said = f"{brief(problem['input'])} given; expected at least {least} item{'s' if least > 1 else ''}"
+    elif problem["type"] == "model_type":
+        said = f"{brief(problem['input'])} given; expected an object"
     else:
         said = f"{brief(problem['input'])} given; {problem['msg'][0].lower()}{problem['msg'][1:]}"
     return Refused(400, f"{where}: {said}.", param=where, code="invalid_value")

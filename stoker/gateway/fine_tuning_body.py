@@ -55,6 +55,7 @@ class Method(Body):
 
 class FineTuningBody(Body):
     REFUSED: ClassVar[Mapping[str, str]] = {"integrations": "read the job's events; leave it out"}
+    IDLE: ClassVar[Mapping[str, object]] = {"integrations": []}
 
     model: str
     training_file: str

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -32,9 +32,17 @@ class Front:
     """ASGI middleware. `names`: hosts that it answers to, except addresses and `localhost`: a page of another site can
     point its own name at this machine."""
 
-    def __init__(self, app: ASGIApp, names: frozenset[str], numbers: Numbers, paths: Iterable[str]) -> None:
-        """`numbers`: where requests are counted, by those of `paths`."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        names: frozenset[str],
+        numbers: Numbers,
+        paths: Iterable[str],
+        methods: Callable[[Scope], Sequence[str]] = lambda scope: (),
+    ) -> None:
+        """`numbers`: where requests are counted, by those of `paths`. `methods`: those that a request's path takes."""
         self._app, self._names, self._numbers, self._paths = app, names, numbers, tuple(paths)
+        self._methods = methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +60,7 @@ class Front:
         except Refused as refused:
             await exchange.refuse(refused)
         except HTTPException as error:
-            await exchange.refuse(_no_such(error, scope))
+            await exchange.refuse(_no_such(error, scope, self._methods(scope)))
         except StokerError as error:
             await exchange.refuse(Names().refusal(error))
         except asyncio.CancelledError:
@@ -78,9 +86,13 @@ class Front:
         )  # fmt: skip
 
 
-def _no_such(error: HTTPException, scope: Scope) -> Refused:
-    """For a path or a method that there is not."""
+def _no_such(error: HTTPException, scope: Scope, methods: Sequence[str]) -> Refused:
+    """For a path or a method that there is not. `methods`: those that the path takes."""
     asked = f"{scope['method']} {brief(scope['path'], 100)}"
+    if error.status_code == 405:
+        allowed = ", ".join(methods)
+        message = f"{asked}: another method given; this path takes {allowed}."
+        return Refused(405, message, code="unknown_url", further={"allow": allowed})
     return Refused(
         error.status_code, f"{asked}: not supported by Stoker. docs/gateway.md lists what is.", code="unknown_url"
     )

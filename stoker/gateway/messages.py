@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from stoker.contract.shown import brief
 from stoker.gateway.fields import Body, Items
@@ -59,8 +60,11 @@ class ToolCall(Body):
 
 
 class ChatMessageBody(Body):
+    #: OpenAI's own answers have it.
+    IDLE: ClassVar[Mapping[str, object]] = {"annotations": []}
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
+    content: Content | None = Field(default=None, validate_default=True)
     #: As answers have it: some templates show a model what it thought before.
     reasoning_content: str | None = None
     #: What OpenAI's package made of the content, and sends back with it.
@@ -69,10 +73,20 @@ class ChatMessageBody(Body):
     tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
 
+    @field_validator("content")
+    @classmethod
+    def _said(cls, content: str | None, known: ValidationInfo) -> str | None:
+        role = known.data.get("role", "assistant")
+        if content is None and role != "assistant":
+            raise ValueError(f"missing; a message of role {role} has one")
+        return content
+
     def as_template(self) -> dict[str, object]:
-        """As the contract takes it. A developer's message is what templates call the system's."""
+        """As the contract takes it. A developer's message is what templates call the system's. Many templates write
+        the content of each message without a look at it: one with calls alone has an empty one."""
         message: dict[str, object] = {"role": "system" if self.role == "developer" else self.role}
-        for name in ("content", "reasoning_content", "name", "tool_call_id"):
+        message["content"] = self.content or ""
+        for name in ("reasoning_content", "name", "tool_call_id"):
             if getattr(self, name) is not None:
                 message[name] = getattr(self, name)
         if self.tool_calls:

@@ -90,8 +90,10 @@ class Item(Body):
         if self.type == "function_call_output":
             return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
         if self.type == "function_call":
-            function = {"name": self.name, "arguments": _arguments(self.arguments or "{}")}
-            return {"role": "assistant", "tool_calls": [{"id": self.call_id, "type": "function", "function": function}]}
+            function = {"name": self.name, "arguments": _arguments(self.arguments or "")}
+            call = {"id": self.call_id, "type": "function", "function": function}
+            # Many templates write the content of each message without a look at it.
+            return {"role": "assistant", "content": "", "tool_calls": [call]}
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
@@ -136,7 +138,8 @@ def _thinking(thought: str) -> dict[str, object]:
 
 def _arguments(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        # OpenAI's own answers, and many clients, have "" for a function without parameters.
+        found = json.loads(text or "{}")
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):

@@ -48,6 +48,13 @@ class ResponsesBody(GenerateBody):
         "stream_options": "counts always come with the last event; leave it out",
         "top_logprobs": "ask /v1/chat/completions for them",
     }
+    IDLE: ClassVar[Mapping[str, object]] = {
+        "background": False,
+        "include": [],
+        "metadata": {},
+        "stream_options": {"include_obfuscation": False},
+        "top_logprobs": 0,
+    }
 
     input: Annotated[Items[Item], BeforeValidator(items_of)] = Field(min_length=1)
     instructions: str | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -38,6 +39,8 @@ Texts = Annotated[Items[str], BeforeValidator(_texts)]
 
 
 class StreamOptions(Body):
+    IDLE: ClassVar[Mapping[str, object]] = {"include_obfuscation": False}
+
     include_usage: bool = False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -124,6 +125,7 @@ def _moved_keyword(name: str, value: Any, root: str, depth: int) -> Any:
 def chosen(functions: Sequence[Function], choice: object, *, parallel: bool = True) -> Choice:
     """What `tool_choice` asks for, as chats have it. Raises `Refused`."""
     known = tuple(functions)
+    _check_names(known)
     if not known and choice not in (None, "none", "auto"):
         raise _refused("given without tools; say which there are in tools")
     if not known or choice == "none":
@@ -143,9 +145,17 @@ def chosen(functions: Sequence[Function], choice: object, *, parallel: bool = Tr
 
 def by_name(functions: tuple[Function, ...], name: str | None) -> Choice:
     """Raises `Refused`."""
+    _check_names(functions)
     if all(function.name != name for function in functions):
         raise _refused(f"{brief(name)} given; tools has {', '.join(function.name for function in functions)}")
     return Choice("required", functions, name)
+
+
+def _check_names(functions: Sequence[Function]) -> None:
+    twice = next((name for name, times in Counter(each.name for each in functions).items() if times > 1), None)
+    if twice is not None:
+        message = f"tools: {twice} is there twice; a call would not say which of them is meant. Give each its own name."
+        raise Refused(400, message, param="tools", code="invalid_value")
 
 
 def _named(choice: object) -> str | None:

@@ -18,11 +18,12 @@ import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import stoker
 from stoker.broker import keys
@@ -30,7 +31,6 @@ from stoker.broker.restored import Restored, Value
 from stoker.errors import InvalidRequest
 from stoker.files.durable import DRAFT, make_folders, write_whole
 from stoker.local.home import make_home
-from stoker.local.storage import below
 from stoker.settings import Settings
 
 #: The version of the archive's layout.
@@ -46,6 +46,8 @@ MAX_ABOUT, MAX_LINE = 1 << 16, 1 << 30
 MAX_NAME, MAX_HEADER = 1024, 1 << 20
 #: Files: each costs memory before the first is restored.
 MAX_FILES = 200_000
+#: Files of one folder that are open at once: more than a checkpoint or an adapter has.
+WHOLE = 64
 #: Seconds since the epoch from which on a time is no file's.
 LAST_TIME = 1 << 33
 
@@ -65,11 +67,11 @@ def backup(settings: Settings, redis: Any, target: Path) -> Counted:
     """Write everything to `target`, whole or not at all. Raises `InvalidRequest` for more files than a restore takes,
     `OSError`, and redis-py's errors."""
     counted = Counted(0, 0)
-    paths = [path for name in FOLDERS for path in sorted(below(settings.home / name)) if _is_kept(path, settings.home)]
+    count = sum(len(files) for _, files in _folders(settings.home))
     # With the two that the archive has of its own.
-    if len(paths) + 2 > MAX_FILES:
+    if count + 2 > MAX_FILES:
         raise InvalidRequest(
-            f"{settings.home}: {len(paths):,} files of adapters and runs; a backup has fewer than {MAX_FILES:,}. "
+            f"{settings.home}: {count:,} files of adapters and runs; a backup has fewer than {MAX_FILES:,}. "
             "Remove what is old: `stoker clean`, `stoker runs remove`, `stoker adapters remove`."
         )
 
@@ -79,7 +81,8 @@ def backup(settings: Settings, redis: Any, target: Path) -> Counted:
         with tarfile.open(draft, "w:gz", compresslevel=1) as archive:
             about = {"format": FORMAT, "stoker": stoker.__version__, "made": time.time()}
             _add_bytes(archive, _ABOUT, json.dumps(about).encode(), int(time.time()))
-            counted = Counted(sum(_add_file(archive, path, settings.home) for path in paths), _add_keys(archive, redis))
+            added = sum(_add_files(archive, *found, settings.home) for found in _folders(settings.home))
+            counted = Counted(added, _add_keys(archive, redis))
 
     write_whole(target, write, mode=0o600)
     return counted
@@ -136,15 +139,49 @@ def _is_kept(path: Path, home: Path) -> bool:
     return not path.is_symlink() and path.is_file() and DRAFT not in path.relative_to(home).as_posix()
 
 
-def _add_file(archive: tarfile.TarFile, path: Path, home: Path) -> bool:
-    """Whether it was there still. One that goes or grows while it is read is in the archive as it was when it was
-    opened."""
+def _folders(home: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Each folder with its files that are kept. A folder is looked into when those before it have been used: workers
+    go on, and what was listed long ago is gone. Those within it come first: a run's log reaches as far as its
+    checkpoints."""
+    for name in FOLDERS:
+        yield from _folders_in(home / name, home)
+
+
+def _folders_in(folder: Path, home: Path) -> Iterator[tuple[Path, list[Path]]]:
+    found = next(os.walk(folder), None)
+    if found is None:
+        return
+    _, folders, names = found
+    for name in sorted(folders):
+        if not (folder / name).is_symlink():
+            yield from _folders_in(folder / name, home)
+    yield folder, [path for name in sorted(names) if _is_kept(path := folder / name, home)]
+
+
+def _add_files(archive: tarfile.TarFile, folder: Path, files: Sequence[Path], home: Path) -> int:
+    """How many of a folder's files were there still. One that goes or grows meanwhile is in the archive as it was when
+    it was opened. A folder that goes, as old checkpoints do, is in it whole or not at all: no run goes on from half a
+    checkpoint."""
+    added = 0
+    for start in range(0, len(files), WHOLE):
+        wanted = files[start : start + WHOLE]
+        with ExitStack() as stack:
+            opened = [file for path in wanted if (file := _open(path, stack)) is not None]
+            if len(opened) < len(wanted) and not folder.exists():
+                break
+            for file in opened:
+                name = Path(file.name).relative_to(home).as_posix()
+                _add_bytes(archive, name, file.read(), os.fstat(file.fileno()).st_mtime)
+            added += len(opened)
+    return added
+
+
+def _open(path: Path, stack: ExitStack) -> BinaryIO | None:
+    """None for one that has gone."""
     try:
-        data, changed = path.read_bytes(), path.stat().st_mtime
+        return stack.enter_context(path.open("rb"))
     except FileNotFoundError:
-        return False
-    _add_bytes(archive, path.relative_to(home).as_posix(), data, changed)
-    return True
+        return None
 
 
 def _add_keys(archive: tarfile.TarFile, redis: Any) -> int:

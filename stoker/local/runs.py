@@ -19,6 +19,8 @@ LOG_FILE = "log.jsonl"
 PIN_FILE = "pinned"
 #: The status of a run that has not ended.
 RUNNING = "running"
+#: That of one that made its adapter.
+DONE = "done"
 #: Bytes that are read of `run.json` and of a log; real ones have some 1000, and some 300 a report.
 MAX_FACTS, MAX_LOG = 16 << 20, 1 << 30
 _Type = type | tuple[type, ...]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from xml.parsers.expat import ExpatError
 
 from stoker.errors import ConfigError
 from stoker.files.durable import write_whole
@@ -86,6 +87,12 @@ WantedBy=default.target
 """
 
 
+def home_of_unit(unit: str) -> Path | None:
+    """STOKER_HOME of the worker that `systemd_unit` defined; None for text that is none of its units."""
+    found = re.search(r"^WorkingDirectory=(.+)$", unit, re.MULTILINE)
+    return None if found is None else Path(found[1].replace("%%", "%"))
+
+
 def launchd_agent(service: Service) -> str:
     """A property list for an agent of the user's."""
     return plistlib.dumps(
@@ -108,6 +115,14 @@ def launchd_agent(service: Service) -> str:
         },
         sort_keys=False,
     ).decode()
+
+
+def home_of_agent(agent: str) -> Path | None:
+    """STOKER_HOME of the worker that `launchd_agent` defined; None for text that is none of its agents."""
+    try:
+        return Path(plistlib.loads(agent.encode())["WorkingDirectory"])
+    except (ValueError, ExpatError, LookupError, TypeError):
+        return None
 
 
 def _limits(service: Service) -> list[str]:

@@ -72,10 +72,8 @@ class Stack:
     def start(self) -> None:
         """Start what is missing; returns at once, `wait_until_warm` waits."""
         make_home(self.settings.home)
-        if self._needs_broker():
-            # A private broker stays off the usual port, where other clients would find it.
-            port = 0 if self._own_broker else PREFERRED_PORT
-            self._broker = EmbeddedBroker(self.settings, port=port)
+        self._broker = self._embedded()
+        if self._broker is not None:
             self.settings = self.settings.model_copy(update={"url": self._broker.start(self._report)})
         else:
             wait_for_broker(self.settings, self._report)
@@ -90,6 +88,18 @@ class Stack:
             port = free_port(GATEWAY_PORT)
             self.gateway_url = f"http://127.0.0.1:{port}/v1"
             self._extras["the gateway"] = self._spawn("gateway", _own_command("serve", port), GATEWAY_GRACE)
+
+    def _embedded(self) -> EmbeddedBroker | None:
+        """The broker to start; None if another is there. A `stoker up` that starts one with this home at this moment,
+        or ends, is waited for: this one joins it, or comes in its place."""
+        # A private broker stays off the usual port, where other clients would find it.
+        broker = EmbeddedBroker(self.settings, port=0 if self._own_broker else PREFERRED_PORT)
+        while self._needs_broker():
+            if self._own_broker or broker.take():
+                return broker
+            self._report("waiting for another `stoker up` of this STOKER_HOME, which starts or ends")
+            time.sleep(POLL)
+        return None
 
     def _needs_broker(self) -> bool:
         """Not if one was chosen and answers. A Redis that was not chosen is another program's, on any port."""

@@ -99,9 +99,7 @@ INPUT_TOKENS = Metric(
     "Tokens of prompts, of texts and of training steps; counted when the engine has done their job.", _JOB,
 )  # fmt: skip
 GENERATED_TOKENS = Metric("stoker_generated_tokens_total", "counter", "Tokens that were generated.", ("model",))
-DRAFTED_TOKENS = Metric(
-    "stoker_drafted_tokens_total", "counter", "Tokens that were tried as drafts (lookup).", ("model",)
-)
+DRAFTED_TOKENS = Metric("stoker_drafted_tokens_total", "counter", "Tokens that were tried as drafts.", ("model",))
 ACCEPTED_TOKENS = Metric("stoker_accepted_tokens_total", "counter", "Of these, those that were right.", ("model",))
 PREFIX_HITS = Metric(
     "stoker_prefix_hits_total", "counter", "Generation jobs that found the beginning of their prompt kept.", ("model",)

@@ -7,7 +7,7 @@ asked for as a whole, to find those that ended without an event.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from stoker.broker.ledger.record import Watched
@@ -62,6 +62,11 @@ class Mirror:
 
     def follow(self, queue: str, model: str, kind: str) -> None:
         self.lines.setdefault(queue, Line(model, kind))
+
+    def leave(self, known: Container[str]) -> None:
+        """Follow no queue any more that is none of these, unless jobs of it are open: models come and go for as long as
+        a monitor lives."""
+        self.lines = {queue: line for queue, line in self.lines.items() if queue in known or line.jobs}
 
     def newcomers(self, queue: str, entries: Iterable[tuple[bytes, float]]) -> list[str]:
         """Ids of those of a queue's newest jobs that are not known yet."""

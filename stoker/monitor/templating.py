@@ -83,7 +83,8 @@ def changed(name: str, text: str) -> str:
             if text.count(change.old) != 1:
                 raise ConfigError(
                     f"Flower {flower.__version__}: its template {name} does not have, once, the line that Stoker "
-                    f"changes ({change.old.strip()[:60]!r}). Install Flower 2.2: pip install 'stoker[monitor]'."
+                    f"changes ({change.old.strip()[:60]!r}). Install Flower 2.2: pip install '.[monitor]', "
+                    "from a checkout."
                 )
             text = text.replace(change.old, change.new)
     return text

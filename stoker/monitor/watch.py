@@ -95,9 +95,11 @@ class Watch:
             return
         self._looked_around, self._compare_history = now, True
         self.workers, self.cards = await self._client.workers(), await self._client.models()
-        for card in self.cards.values():
-            for kind in card.kinds:
-                self.mirror.follow(keys.queue(card.model, kind), card.model, kind)
+        kinds = [(card.model, kind) for card in self.cards.values() for kind in card.kinds]
+        known = {keys.queue(*line): line for line in kinds}
+        for queue, line in known.items():
+            self.mirror.follow(queue, *line)
+        self.mirror.leave(known)
         await self._look_at_letters()
 
     async def adapters(self, *, anew: bool = False) -> list[AdapterEntry]:

@@ -44,11 +44,24 @@ def command_lines() -> list[tuple[str, list[str]]]:
 COMMANDS = [(place, words) for place, words in command_lines() if any(word.endswith("stoker") for word in words)]
 
 
+def from_a_checkout() -> set[str]:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    return {".", *(f"'.[{extra}]'" for extra in extras)}
+
+
 @pytest.mark.parametrize("page", sorted(TEXTS))
 def test_what_is_installed_comes_from_a_checkout_as_the_readme_says(page: str) -> None:
-    installed = re.findall(r"pip install ([^\s`]+)", TEXTS[page])
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    assert set(installed) <= {".", *(f"'.[{extra}]'" for extra in extras)}
+    assert set(re.findall(r"pip install ([^\s`]+)", TEXTS[page])) <= from_a_checkout()
+
+
+def test_so_does_what_errors_ask_for() -> None:
+    found = {
+        (file.relative_to(ROOT).as_posix(), installed)
+        for file in (ROOT / "stoker").rglob("*.py")
+        for installed in re.findall(r"pip install ('[^\s`]+')", file.read_text("utf-8"))
+    }
+    assert len(found) >= 6
+    assert {installed for _, installed in found} <= from_a_checkout(), found
 
 
 def test_a_worker_is_ended_before_the_environment_that_it_runs_in_is_made_anew() -> None:

@@ -18,7 +18,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation import lane as lane_module
 from engine.generation.batch import Batch, Tried
-from engine.generation.drafting import FORGET, GUESS, LEAST, TRIES, WIDTHS, WITHOUT, Drafter
+from engine.generation.drafting import FORGET, GUESS, LEAST, TRIES, WIDTHS, WITHOUT, Drafter, Plan
 from engine.generation.draws import Pick
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import LaneLimits
@@ -62,10 +62,10 @@ class Eager(Drafter):
         super().__init__()
         self._random = np.random.default_rng(5)
 
-    def width(self, rows: Sequence[Row], room: int, ahead: int = 0) -> int:
+    def plan(self, rows: Sequence[Row], room: int, ahead: int = 0) -> Plan:
         fit = [width for width in WIDTHS if width <= room]
         expects = any(row.lookup and row.lookup.expects for row in rows)
-        return int(self._random.choice(fit)) if fit and expects else 1
+        return Plan(int(self._random.choice(fit)) if fit and expects else 1)
 
 
 class Drafting(Driver):
@@ -203,7 +203,7 @@ def test_a_right_draft_comes_in_one_step_and_a_wrong_one_leaves_nothing(
 ) -> None:
     one = request([3, 1, 4], max_tokens=40, temperature=0.9, seed=2)
     wanted, width = ordinary(model, pool, one), [1]
-    monkeypatch.setattr(Eager, "width", lambda *_: width[0])
+    monkeypatch.setattr(Eager, "plan", lambda *_: Plan(width[0]))
     for wrong, tokens in ((0.0, 9), (1.0, 1)):
         driver, width[0] = Drafting(model, pool, wrong), 1
         driver.lookahead = False
@@ -428,6 +428,10 @@ def rows(*rates: float, most: int = 20) -> list[Any]:
     return [SimpleNamespace(lookup=SimpleNamespace(rate=rate, expects=rate > 0), most_drafted=most) for rate in rates]
 
 
+def planned(drafter: Drafter, *given: Any) -> int:
+    return drafter.plan(*given).width
+
+
 def known(seconds: dict[int, float], count: int = 1) -> Drafter:
     """One that knows what passes of these widths take."""
     drafter = Drafter()
@@ -439,55 +443,57 @@ def known(seconds: dict[int, float], count: int = 1) -> Drafter:
 
 def test_a_pass_is_as_wide_as_most_tokens_a_second_are_expected_of() -> None:
     drafter = known({1: 1.0, 2: 1.1, 3: 1.2, 5: 1.4, 9: 3.0})
-    assert [drafter.width(rows(rate), 100) for rate in (0.0, 0.05, 0.3, 0.9)] == [1, 1, 2, 5]
-    assert drafter.width(rows(0.9, most=1), 100) == 2, "more are not wanted"
-    assert drafter.width(rows(0.9), 3) == 3, "there is room for no more"
-    assert [drafter.width(rows(0.3), 100, ahead) for ahead in (0, 1)] == [2, 1], "the token on its way has to come, too"
+    assert [planned(drafter, rows(rate), 100) for rate in (0.0, 0.05, 0.3, 0.9)] == [1, 1, 2, 5]
+    assert planned(drafter, rows(0.9, most=1), 100) == 2, "more are not wanted"
+    assert planned(drafter, rows(0.9), 3) == 3, "there is room for no more"
+    assert [planned(drafter, rows(0.3), 100, ahead) for ahead in (0, 1)] == [2, 1], (
+        "the token on its way has to come, too"
+    )
 
 
 def test_no_row_waits_much_longer_because_others_draft() -> None:
     dear, cheap = known({1: 1.0, 2: 1.2, 3: 1.6}, 4), known({1: 1.0, 2: 1.05, 3: 1.3}, 4)
     for drafter, widths in ((dear, [1, 1, 1, 3]), (cheap, [2, 2, 2, 3])):
-        found = [drafter.width(rows(*[0.9] * count, *[0.0] * (4 - count)), 3) for count in (1, 2, 3, 4)]
+        found = [planned(drafter, rows(*[0.9] * count, *[0.0] * (4 - count)), 3) for count in (1, 2, 3, 4)]
         assert found == widths
-    assert dear.width(rows(0.9, 0.9, 0.9, 0.05), 3) == 1, "that one is expected to gain nothing"
+    assert planned(dear, rows(0.9, 0.9, 0.9, 0.05), 3) == 1, "that one is expected to gain nothing"
     silent = [*rows(0.9, 0.9, 0.9), SimpleNamespace(lookup=None, most_drafted=20)]
-    assert dear.width(silent, 3) == 1
+    assert planned(dear, silent, 3) == 1
 
 
 def test_of_widths_that_nothing_is_known_of_the_next_one_is_tried() -> None:
     drafter = Drafter()
-    assert drafter.width(rows(1.0), 100) == 1
+    assert planned(drafter, rows(1.0), 100) == 1
     for _ in range(LEAST):
         drafter.note(1, 1, 1.0)
-        assert drafter.width(rows(1.0), 100) == 1, "the first of a size may have been compiled"
+        assert planned(drafter, rows(1.0), 100) == 1, "the first of a size may have been compiled"
     drafter.note(1, 1, 1.0)
     for width, wider in itertools.pairwise(WIDTHS):
         for seconds in (50.0, *[1.0] * TRIES):
-            assert drafter.width(rows(1.0), 100) == width, "its first pass may have been compiled"
+            assert planned(drafter, rows(1.0), 100) == width, "its first pass may have been compiled"
             drafter.note(1, width, seconds)
-        assert drafter.width(rows(1.0), 100) == wider
-    assert [known({1: 1.0}).width(rows(rate), 100) for rate in (GUESS, GUESS + 0.1)] == [1, 2]
+        assert planned(drafter, rows(1.0), 100) == wider
+    assert [planned(known({1: 1.0}), rows(rate), 100) for rate in (GUESS, GUESS + 0.1)] == [1, 2]
     # The third token costs what the second did.
-    assert [known({1: 1.0, 2: two}).width(rows(0.9), 100) for two in (1.1, 1.5, 1.9)] == [3, 3, 1]
+    assert [planned(known({1: 1.0, 2: two}), rows(0.9), 100) for two in (1.1, 1.5, 1.9)] == [3, 3, 1]
 
 
 def test_a_size_that_lost_is_tried_again_after_a_while() -> None:
     drafter = known({1: 1.0, 2: 9.0})
     for _ in range(FORGET + 1):
-        assert drafter.width(rows(0.9), 100) == 1
+        assert planned(drafter, rows(0.9), 100) == 1
         drafter.note(1, 1, 1.0)
-    assert drafter.width(rows(0.9), 100) == 2
+    assert planned(drafter, rows(0.9), 100) == 2
 
 
 def test_one_pass_of_many_goes_without_drafts_and_says_what_that_takes() -> None:
     drafter = known({1: 1.0, 2: 1.0})
     for _ in range(WITHOUT - LEAST - 1):
-        assert drafter.width(rows(0.9), 2) == 2
+        assert planned(drafter, rows(0.9), 2) == 2
         drafter.note(1, 2, 1.0)
-    assert drafter.width(rows(0.9), 2) == 1
+    assert planned(drafter, rows(0.9), 2) == 1
     drafter.note(1, 1, 1.0)
-    assert drafter.width(rows(0.9), 2) == 2
+    assert planned(drafter, rows(0.9), 2) == 2
 
 
 # --- what is looked up ---

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,22 @@ from engine.checkpoints.inspecting import KINDS, Inspection, inspect
 from engine.checkpoints.loading import DECODERS, LoadedModel, load
 from engine.checkpoints.quantizing import Quantized, quantize_folder
 from engine.checkpoints.verifying import verify
+from engine.models.bridge import weights
 from engine.models.cache import bytes_per_token
 from engine.models.embedders import ENCODERS
 from engine.weights import safetensors
 from stoker.cli import engine_tool
 from stoker.errors import ModelError
-from tests.engine import bridged
+from tests.engine import bridged, gguf_files
+
+
+def load_it(path: Path) -> object:
+    return load("model", [str(path)])
+
+
+def quantize_it(path: Path) -> object:
+    return quantize_folder(path, path.with_name("copy"), bits=4, group_size=32)
+
 
 ARCHITECTURES = Path(__file__).parents[1] / "goldens" / "architectures"
 CHECKPOINTS = sorted(path.parent for path in ARCHITECTURES.glob("*/config.json"))
@@ -62,6 +74,59 @@ def test_a_context_that_is_bounded_by_what_a_model_file_passes_over_is_shown_so(
     bridged.write_folder(tmp_path / "model", name, **fields)
     assert inspect(tmp_path / "model").context == longest
     assert load("model", [str(tmp_path / "model")]).context == longest
+
+
+@pytest.mark.parametrize("name", ["phi3", "phi", "starcoder2", "smollm3", "mamba", "mamba2"])
+def test_a_context_that_no_file_states_is_shown_as_it_is_served(name: str, tmp_path: Path) -> None:
+    """transformers leaves out of a config.json what is its own default."""
+    bridged.write_folder(tmp_path / "model", name)
+    file = tmp_path / "model" / "config.json"
+    stated = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in stated.items() if key not in LENGTHS}))
+    assert inspect(file.parent).context == load("model", [str(file.parent)]).context
+
+
+#: The names under which a config.json says how long a text may be.
+LENGTHS = {"max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"}
+
+
+@pytest.mark.parametrize("name", ["max_sequence_length", "max_target_positions", "block_size"])
+def test_a_context_of_a_rare_name_is_shown(name: str, tmp_path: Path) -> None:
+    bridged.write_folder(tmp_path / "model", "starcoder2", **{"max_position_embeddings": None, name: 77})
+    assert inspect(tmp_path / "model").context == load("model", [str(tmp_path / "model")]).context == 77
+
+
+@pytest.mark.parametrize("work", [load_it, verify, quantize_it], ids=["load", "verify", "quantize"])
+@pytest.mark.parametrize("name", ["phi3", "starcoder2", "mamba"])
+def test_more_layers_than_there_are_tensors_are_refused_before_any_is_made(
+    work: Callable[[Path], object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that is wrong would make layers for hours, in all memory."""
+    folder, made = tmp_path / "model", list[object]()
+    bridged.write_folder(folder, name)
+    stated = json.loads((folder / "config.json").read_text())
+    names = [key for key in ("num_hidden_layers", "n_layer") if key in stated]
+    (folder / "config.json").write_text(json.dumps(stated | dict.fromkeys(names, 1 << 30)))
+    monkeypatch.setattr(weights, "network_of", lambda *asked: made.append(asked))
+    with pytest.raises(ModelError, match=rf"config\.json: {names[0]} is {1 << 30}, and the model has \d+ tensors"):
+        work(folder)
+    assert not made
+
+
+@pytest.mark.parametrize("work", [load_it, verify], ids=["load", "verify"])
+def test_more_blocks_of_a_gguf_file_than_it_has_tensors_are_refused_before_any_is_made(
+    work: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, made = tmp_path / "model.gguf", list[object]()
+    gguf_files.write(file, "qwen3_moe")
+    monkeypatch.setattr(weights, "network_of", lambda *asked: made.append(asked))
+    # Behind the key stands its type.
+    content, key = bytearray(file.read_bytes()), b"qwen3moe.block_count"
+    struct.pack_into("<I", content, content.index(key) + len(key) + 4, 1 << 30)
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.gguf: qwen3moe\.block_count is \d+, and the model has \d+ tensors"):
+        work(file)
+    assert not made
 
 
 def test_real_models_are_described(smollm2: LoadedModel, minilm: LoadedModel) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import models
+from tokenizers import models, processors
 
 from engine.text import chat
 from engine.text.detokenizer import StreamingDetokenizer
@@ -224,6 +224,33 @@ def test_a_token_that_the_model_names_is_no_text() -> None:
     inner.add_tokens(["<s>"])
     assert Tokenizer(inner, manners=Manners({"bos_token": "<s>"})).decode([1, 0]) == "a"
     assert "<s>" in Tokenizer(inner).decode([1, 0])
+
+
+@pytest.mark.parametrize("begins", [None, True, False])
+@pytest.mark.parametrize("both", [False, True], ids=["two tokens", "one token"])
+@pytest.mark.parametrize("filed", ["begun", "begun and ended", "ended"])
+def test_a_text_is_begun_and_ended_as_its_files_ask(
+    tmp_path: Path, begins: bool | None, both: bool, filed: str
+) -> None:
+    """Of a decoder that embeds. A model may begin and end its texts with one token, as GPT-2's family does."""
+    source = Path(__file__).parents[1] / "goldens" / "architectures" / "mistral"
+    inner = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    first, last = 1, 1 if both else 2
+    names = [str(inner.id_to_token(index)) for index in (first, last)]
+    single = [*names[: "begun" in filed], "$A", *names[1:][: "ended" in filed]]
+    tokens = [*dict.fromkeys(zip(names, (first, last), strict=True))]
+    inner.post_processor = processors.TemplateProcessing(single=single, pair=None, special_tokens=tokens)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    said = {"bos_token": names[0], "eos_token": names[1], "add_eos_token": True}
+    said |= {} if begins is None else {"add_bos_token": begins}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = Tokenizer.from_folder(tmp_path, ends=True)
+    ids = tokenizer.encode("heat and heat", special=False)
+    assert tokenizer.encode("heat and heat") == [
+        *([first] if "begun" in filed and begins is not False else []),
+        *ids,
+        last,
+    ]
 
 
 #: Whole words, letters and marks, and the tokens of each of the classes.

@@ -173,6 +173,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "x"}]}]}, "messages.0.content.0"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "id": "y"}]}]}, "messages.0.content.0"),
     ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice"),
+    ({"tools": [WEATHER, WEATHER]}, "tools"),
+    ({"tools": [WEATHER, WEATHER], "tool_choice": {"type": "tool", "name": "weather"}}, "tools"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"stop_sequences": ["x"] * 17}, "stop_sequences"),

@@ -212,7 +212,7 @@ REFUSED = [
     (line("j", model=f"{CHAT}:unknown"), 404, "model"),
     (line("k", temperature=-1), 400, "temperature"),
     (line("l", colour="red"), 400, "colour"),
-    (line("m", functions=[]), 400, "functions"),
+    (line("m", functions=[{"name": "f"}]), 400, "functions"),
 ]
 
 

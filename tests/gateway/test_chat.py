@@ -178,7 +178,7 @@ def test_a_conversation_reaches_the_template_whole(api: openai.OpenAI, fake: Asy
     assert [message.model_dump(exclude_none=True) for message in sent.messages or ()] == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Weather?", "name": "ada"},
-        {"role": "assistant", "tool_calls": (
+        {"role": "assistant", "content": "", "tool_calls": (
             {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"town": "Bonn"}}},)},
         {"role": "tool", "content": "rain", "tool_call_id": "c1"},
     ]  # fmt: skip
@@ -251,6 +251,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": "required", "regex": "a"}, "tool_choice"),
     ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+    ({"tools": [WEATHER, WEATHER]}, "tools"),
+    ({"tools": [WEATHER, WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tools"),
     ({"max_tokens": 4, "max_completion_tokens": 4}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": 10**6}, "max_completion_tokens"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -84,11 +85,43 @@ def test_a_body_that_is_no_request_is_one_clear_error(http: httpx2.Client, fake:
     assert not fake.sent.jobs
 
 
+def test_a_body_that_is_compressed_is_refused_by_its_coding(http: httpx2.Client, fake: AsyncFakeClient) -> None:
+    body = json.dumps({"model": "m", "messages": []}).encode()
+    answer = http.post(
+        PATH, content=gzip.compress(body), headers={"content-type": "application/json", "content-encoding": "gzip"}
+    )
+    assert answer.status_code == 415
+    message = "Content-Encoding: 'gzip' given; send the body as it is, not compressed."
+    assert answer.json()["error"]["message"] == message
+    plain = http.post(PATH, content=body, headers={"content-type": "application/json", "content-encoding": "identity"})
+    assert plain.json()["error"]["param"] == "messages"
+    assert not fake.sent.jobs
+
+
 def test_a_path_or_a_method_that_there_is_not_has_the_form_of_every_error(http: httpx2.Client) -> None:
     for answer, status in ((http.get("/v1/assistants"), 404), (http.get(PATH), 405), (http.delete("/v1/models"), 405)):
         assert answer.status_code == status
         assert answer.json()["error"]["code"] == "unknown_url"
         assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (PATH, "POST"),
+        ("/v1/models", "GET, HEAD"),
+        ("/v1/models/a/b", "GET, HEAD"),
+        ("/v1/files", "GET, HEAD, POST"),
+        ("/v1/files/x", "DELETE, GET, HEAD"),
+    ],
+)
+def test_a_method_that_a_path_does_not_take_is_refused_with_those_that_it_takes(
+    http: httpx2.Client, path: str, allowed: str
+) -> None:
+    answer = http.put(path, json={})
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    message = f"PUT {path!r}: another method given; this path takes {allowed}."
+    assert answer.json()["error"]["message"] == message
 
 
 def test_an_error_is_as_long_as_it_says_in_any_language(http: httpx2.Client) -> None:

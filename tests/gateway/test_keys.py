@@ -201,10 +201,17 @@ def test_the_command_makes_lists_and_revokes_keys_and_shows_each_once(broker: Se
     assert "team" in shown
     assert any(time.strftime("  %Y-%m-%d  ", day) in shown for day in (before, time.gmtime()))
     assert "60 requests, any tokens a minute; models: m" in shown
-    run("revoke", shown.split()[0])
+    assert run("revoke", shown.split()[0]) == f"{shown.split()[0]}: revoked\n"
     assert run("list", "--json").strip() == "[]"
     with pytest.raises(InvalidRequest, match="none of that name"):
         run("revoke", "000000000000")
+
+
+def test_a_gateway_for_which_no_broker_was_chosen_does_not_say_where_it_is(tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(BrokerUnavailable, match="no broker was chosen"):
+        serve(Settings(home=tmp_path), "127.0.0.1", 0, frozenset(), said.append)
+    assert not said
 
 
 def test_another_address_than_loopback_is_served_with_keys_alone(

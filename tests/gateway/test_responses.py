@@ -79,7 +79,7 @@ def test_what_is_asked_for_is_what_the_job_is(api: openai.OpenAI, fake: AsyncFak
         {"role": "system", "content": "You know."},
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "tool_calls": (
+        {"role": "assistant", "content": "", "tool_calls": (
             {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"town": "Bonn"}}},)},
         {"role": "tool", "tool_call_id": "c1", "content": "rain"},
         {"role": "assistant", "content": "Rain."},
@@ -107,6 +107,16 @@ def test_a_response_repeats_what_was_asked_for(api: openai.OpenAI, fake: AsyncFa
         assert answer.tool_choice.name == "weather"
 
 
+def test_a_call_without_arguments_comes_back_as_one_of_chats_does(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
+    fake.script.generate("Rain.")
+    call: Any = {"type": "function_call", "call_id": "a", "name": "time", "arguments": ""}
+    result: Any = {"type": "function_call_output", "call_id": "a", "output": "noon"}
+    ask(api, input=[{"role": "user", "content": "Hello"}, call, result])
+    (_, called, _) = fake.sent.generate[0].messages or ()
+    assert called.tool_calls is not None
+    assert called.tool_calls[0]["function"] == {"name": "time", "arguments": {}}
+
+
 def test_an_answer_with_several_calls_that_comes_back_is_one_message_as_in_chats(
     api: openai.OpenAI, fake: AsyncFakeClient
 ) -> None:
@@ -130,6 +140,16 @@ def test_an_answer_with_several_calls_that_comes_back_is_one_message_as_in_chats
     )
     asked, chat = fake.sent.generate
     assert asked.messages == chat.messages
+
+
+def test_an_answer_of_a_call_alone_has_an_empty_text_which_templates_write_as_any_other(
+    api: openai.OpenAI, fake: AsyncFakeClient
+) -> None:
+    fake.script.generate("Rain.")
+    call: Any = {"type": "function_call", "call_id": "a", "name": "weather", "arguments": "{}"}
+    result: Any = {"type": "function_call_output", "call_id": "a", "output": "rain"}
+    ask(api, input=[{"role": "user", "content": "Hello"}, call, result])
+    assert [message.content for message in fake.sent.generate[0].messages or ()] == ["Hello", "", "rain"]
 
 
 def test_a_stream_has_the_same_text_in_pieces(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
@@ -196,6 +216,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"type": "reasoning", "content": [{"type": "output_text", "text": "x"}]}]}, "input.0"),
     ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input.0"),
     ({"input": [{"type": "function_call", "call_id": "x"}]}, "input.0"),
+    ({"tools": [WEATHER, WEATHER]}, "tools"),
     ({"input": [{"type": "function_call", "call_id": "x", "name": "y", "arguments": "["}]}, "input.0"),
     ({"store": True}, "store"),
     ({"truncation": "auto"}, "truncation"),
@@ -204,7 +225,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"n": 2}, "n"),
-    *(({name: {}}, name) for name in sorted(ResponsesBody.REFUSED)),
+    *(({name: {"x": 1}}, name) for name in sorted(ResponsesBody.REFUSED)),
 ]
 
 

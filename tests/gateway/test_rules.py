@@ -26,10 +26,12 @@ from stoker.gateway.anthropic_messages import AnthropicMessage, AnthropicTool, T
 from stoker.gateway.calls import Call, Caller, Models, NamedJob, job_of, keeps
 from stoker.gateway.embeddings import EmbeddingBody
 from stoker.gateway.errors import TABLE, Names, Refused, row_of
-from stoker.gateway.fields import checked_body, parse
+from stoker.gateway.fields import Body, checked_body, parse
+from stoker.gateway.fine_tuning_body import FineTuningBody
 from stoker.gateway.logprobs import legacy_logprobs, logprobs_of
 from stoker.gateway.messages import ChatMessageBody
 from stoker.gateway.paging import Page, listing, page_of
+from stoker.gateway.sampling import StreamOptions
 from stoker.gateway.tools import Choice, Function, Tool, call_id, chosen
 from stoker.gateway.usage import finish_reason, usage_of
 from stoker.testing import AsyncFakeClient
@@ -226,7 +228,7 @@ OF_EMBEDDINGS = f"Allowed: {', '.join(EmbeddingBody.model_fields)}."
         ),
         (
             {"model": "m", "input": "a", "x": 4}, "x", "unknown_parameter",
-            f"x: no such field; {OF_EMBEDDINGS}",
+            f"x: no such field. {OF_EMBEDDINGS}",
         ),
     ],
 )  # fmt: skip
@@ -240,6 +242,14 @@ def test_the_first_field_that_is_wrong_is_said_with_what_is_allowed(
 def test_a_field_of_a_field_is_said_by_its_way_and_one_that_stoker_lacks_with_what_to_do() -> None:
     body = {"model": "m", "messages": SAID, "response_format": {"type": "json_schema", "json_schema": {"strict": True}}}
     assert refusal(lambda: checked_body(chat.ChatBody, body)).param == "response_format.json_schema.name"
+    for body_of, name in ((chat.ChatBody, "messages"), (responses.ResponsesBody, "input")):
+        message = refusal(lambda: checked_body(body_of, {"model": "m", name: []})).message  # noqa: B023
+        assert message == f"{name}: [] given; expected at least 1 item."
+    form = {"model": "m", "messages": SAID, "response_format": "json"}
+    message = refusal(lambda: checked_body(chat.ChatBody, form)).message
+    assert message == "response_format: 'json' given; expected an object."
+    tools = {"model": "m", "max_tokens": 1, "messages": SAID, "tools": [{"type": "bash_20250124", "name": "bash"}]}
+    assert refusal(lambda: checked_body(anthropic.MessagesBody, tools)).param == "tools.0.type"
     extra = {"model": "m", "messages": [{"role": "user", "content": "a", "weight": 1}]}
     refused = refusal(lambda: checked_body(chat.ChatBody, extra))
     assert (refused.param, refused.code) == ("messages.0.weight", "unsupported_parameter")
@@ -249,6 +259,36 @@ def test_a_field_of_a_field_is_said_by_its_way_and_one_that_stoker_lacks_with_wh
         assert (refused.param, refused.code) == (name, "unsupported_parameter")
         assert refused.message == f"{name}: not supported by Stoker; {why}."
         checked_body(chat.ChatBody, {"model": "m", "messages": SAID, name: None})
+
+
+#: What each body has to have.
+LEAST: dict[type[Body], dict[str, Any]] = {
+    chat.ChatBody: {"model": "m", "messages": SAID},
+    completions.CompletionBody: {"model": "m", "prompt": "a"},
+    responses.ResponsesBody: {"model": "m", "input": "a"},
+    FineTuningBody: {"model": "m", "training_file": "file-1"},
+    StreamOptions: {},
+    ChatMessageBody: {"role": "user", "content": "a"},
+}
+IDLE = [(body, name, value) for body in LEAST for name, value in body.IDLE.items()]
+
+
+@pytest.mark.parametrize(("body", "name", "value"), IDLE, ids=[f"{body.__name__}-{name}" for body, name, _ in IDLE])
+def test_a_field_that_asks_for_what_is_done_anyway_counts_as_not_given(
+    body: type[Body], name: str, value: object
+) -> None:
+    least = LEAST[body]
+    assert checked_body(body, {**least, name: value}) == checked_body(body, least)
+    for other in (1, True, "x"):
+        if (type(other), other) != (type(value), value):
+            assert refusal(lambda: checked_body(body, {**least, name: other})).param == name  # noqa: B023
+
+
+def test_every_field_that_may_ask_for_nothing_is_looked_at() -> None:
+    bodies = [*Body.__subclasses__()]
+    for body in bodies:
+        bodies.extend(body.__subclasses__())
+    assert {body for body in bodies if body.IDLE} == {body for body, _, _ in IDLE}
 
 
 @pytest.mark.parametrize(
@@ -403,7 +443,10 @@ def test_a_models_name_has_a_base_and_may_have_an_adapter(name: str, found: tupl
     refused = refusal(lambda: call(Caller(models=frozenset({"other", "another"}))).model(name))
     assert (refused.status, refused.param, refused.code) == (403, "model", "model_not_allowed")
     assert "this key may use another, other" in refused.message
-    assert refusal(lambda: call(Caller()).model("base:")).status == 404
+    for wrong in ("base:", "", ":style"):
+        refused = refusal(lambda: call(Caller()).model(wrong))  # noqa: B023
+        assert (refused.status, refused.param) == (404, "model")
+        assert refused.message == f"model: {wrong!r} given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION."
 
 
 def test_a_job_is_sent_under_the_api_keys_name_or_where_there_are_none_under_the_users() -> None:
@@ -764,6 +807,7 @@ def test_the_arguments_of_a_call_are_the_text_of_an_object(arguments: str, made:
     function = {"name": "add", "arguments": made}
     assert checked_body(ChatMessageBody, body).as_template() == {
         "role": "assistant",
+        "content": "",
         "tool_calls": [{"id": "c", "type": "function", "function": function}],
     }
 
@@ -778,11 +822,18 @@ def test_the_arguments_of_a_call_are_the_text_of_an_object(arguments: str, made:
         ({"role": "tool", "content": "4", "tool_call_id": "c"}, None),
         ({"role": "assistant", "content": "a", "reasoning_content": "b", "name": "n"}, None),
         ({"role": "user", "content": ""}, None),
-        ({"role": "assistant", "tool_calls": []}, {"role": "assistant"}),
+        ({"role": "assistant", "tool_calls": []}, {"role": "assistant", "content": ""}),
     ],
 )  # fmt: skip
 def test_a_message_is_for_the_template_what_it_was(fields: dict[str, Any], made: dict[str, Any] | None) -> None:
     assert checked_body(ChatMessageBody, fields).as_template() == (made or fields)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_a_message_of_any_role_except_the_assistants_says_something(role: str, content: dict[str, Any]) -> None:
+    refused = refusal(lambda: checked_body(ChatMessageBody, {"role": role, **content}))
+    assert (refused.param, refused.message) == ("content", f"content: missing; a message of role {role} has one.")
 
 
 def block(**fields: Any) -> dict[str, Any]:

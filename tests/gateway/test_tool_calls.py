@@ -65,6 +65,11 @@ CALLS: list[tuple[str, list[Item]]] = [
     ('[TOOL_CALLS]weather[CALL_ID]aB3dE6gH9[ARGS]{"town": "Bonn"}\n', [WEATHER]),
     ('weather{"town": "Bonn"}', [WEATHER]),
     (' weather {"town": "Bonn"}time{}', [WEATHER, TIME]),
+    # Behind a text, without its markers, as workers send it.
+    ('I look.weather{"town": "Bonn"}', ["I look.", WEATHER]),
+    ('I look.\nweather{"town": "Bonn"}time{}\n', ["I look.\n", WEATHER, TIME]),
+    ('First time{"a": 1} Hm. weather{"town": "Bonn"}', ['First time{"a": 1} Hm. ', WEATHER]),
+    (f'It is time{{"a. {hermes(CALL)}', ['It is time{"a. ', WEATHER]),
     # Qwen3-Coder.
     (xml("weather", town="Bonn"), [WEATHER]),
     (f"I look.\n{xml('weather', town='Bonn')}\n{xml('time')}\n", ["I look.\n", WEATHER, TIME]),
@@ -91,6 +96,7 @@ TEXTS = [
     f"{OTHER} and more", f"Here: {OTHER}", f"{OTHER}; {OTHER}", '{"name": "weather", "arg', "[1] says so.", "{}", "[]",
     '[TOOL_CALLS]other[ARGS]{}', "[TOOL_CALLS]time[ARGS]", "[TOOL_CALLS]time[ARGS]{", "[TOOL_CALLS]time[ARGS]{} Hm.",
     "[TOOL_CALLS]time[ARGS][]", "time{", "time{} Hm.", "times{}", "time", "other{}", "time flies.", "[ARGS]{}",
+    "some-time{}", "sometime{}", "some_time{}", "Now time{} says so.", 'Now time{"a": 1', "Now time { }", "Now time{a}",
     xml("other"), xml("time")[:20], "<tool_call><function=time></tool_call>",
     "<tool_call><function=time>Hm.</function>",
     "<tool_call><function=time><parameter=a>1</parameter><parameter=a>2</parameter></function></tool_call>",
@@ -170,6 +176,11 @@ def test_a_text_passes_at_once_and_what_may_be_a_marker_is_held_back() -> None:
     assert reader.feed("s>") == ["<tools>"]
     assert reader.feed("<tool_call>{") == []
     assert reader.feed("x") == ["<tool_call>", "{x"]
+    assert reader.feed(" now ti") == [" now "]
+    assert reader.feed("me{") == []
+    assert reader.feed("a}") == ["time{a}"]
+    assert reader.feed(' weather{"') == [" "]
+    assert reader.finish() == ['weather{"']
     assert CallReader(NAMES).feed('{"a": 1') == ['{"a": 1'], "JSON that begins as no call does"
 
 

@@ -61,7 +61,7 @@ def test_an_unknown_model_is_refused_with_those_that_are_warm(client: Client) ->
 
 
 def test_a_model_that_cannot_do_the_job_is_refused(client: Client) -> None:
-    with pytest.raises(UnknownModel, match="cannot embed: it can generate and train"):
+    with pytest.raises(UnknownModel, match="cannot embed: it can generate, train"):
         client.embed(["x"], model=endless.MODEL)
 
 

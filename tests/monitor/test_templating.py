@@ -20,7 +20,7 @@ def test_flowers_template_has_the_line_that_is_changed(change: Change) -> None:
 def test_a_release_of_flower_without_that_line_is_one_clear_error(change: Change) -> None:
     text = (THEIRS / change.name).read_text()
     for other in (text.replace(change.old, ""), text + change.old):
-        with pytest.raises(ConfigError, match=r"stoker\[monitor\]"):
+        with pytest.raises(ConfigError, match=r"pip install '\.\[monitor\]', from a checkout"):
             changed(change.name, other)
 
 

@@ -111,6 +111,28 @@ def test_a_job_that_goes_back_to_its_queue_is_retried(broker: Settings, redis: A
     watched(broker, steps)
 
 
+def test_queues_of_a_model_that_has_gone_are_asked_for_until_its_jobs_have_ended(
+    broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fleet that names its models anew each day had a monitor ask for thousands of them each second."""
+    monkeypatch.setattr(watching, "RARELY", 0.0)
+    send(redis, "job")
+
+    async def steps(watch: Watch, memory: JobMemory) -> None:
+        await watch.round()
+        assert {GENERATE, TRAIN} <= watch.mirror.lines.keys()
+        redis.delete(keys.MODELS)
+        await watch.round()
+        assert [*watch.mirror.lines] == [GENERATE]
+        assert ledger.cancel(redis, "job", GENERATE) == "cancelled"
+        await watch.round()
+        assert states(memory) == {"job": "REVOKED"}
+        await watch.round()
+        assert not watch.mirror.lines
+
+    watched(broker, steps)
+
+
 def test_a_dead_letter_is_reported_and_its_retry_too(
     broker: Settings, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +246,10 @@ def test_a_run_that_ends_with_more_reports_than_one_look_takes_has_all_of_them(
 
 
 def test_an_entry_that_cannot_be_read_leaves_a_runs_other_reports() -> None:
-    entries = [{b"entry": report(1).model_dump_json()}, {b"entry": b"{"}, {}, {b"entry": report(4).model_dump_json()}]
+    # A share of no steps is no number: the page would be none either.
+    of_none = report(2).model_copy(update={"steps": 0}).model_dump_json()
+    given = [report(1).model_dump_json(), b"{", of_none, report(4).model_dump_json()]
+    entries: list[dict[bytes, Any]] = [{}, *({b"entry": entry} for entry in given)]
     assert [found.step for found in read_reports(enumerate(entries))] == [1, 4]
 
 

@@ -119,9 +119,12 @@ def test_a_second_broker_on_the_same_folder_is_refused(tmp_path: Path, monkeypat
         second = EmbeddedBroker(Settings(home=tmp_path), port=0)
         with pytest.raises(ConfigError, match=r"in use by another `stoker up`.*STOKER_HOME"):
             second.start()
+        assert not second.take()
         second.stop()
         assert client.ping()
         assert (tmp_path / "broker.json").exists(), "the first one's address must stay"
+    assert second.take()
+    second.stop()
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

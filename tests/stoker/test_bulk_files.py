@@ -25,7 +25,8 @@ from stoker.files.locks import try_lock
 from stoker.files.output import partial_path, state_path
 from stoker.files.requests import RequestFile
 from stoker.files.source import Source
-from stoker.files.vector_output import check_output, npy_layout, opened, safetensors_layout
+from stoker.files.vector_output import check_output, npy_layout, safetensors_layout
+from tests.stoker.vector_files import opened
 
 ROWS, DIM = 23, 12
 VECTORS = np.random.default_rng(3).normal(size=(ROWS, DIM)).astype(np.float32)
@@ -274,7 +275,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_parquet_holds_the_vectors_as_lists(tmp_path: Path, dtype: str) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'stoker[parquet]'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install '.[parquet]'")
     path = tmp_path / "out.parquet"
     with opened(path, ROWS, job(dtype)) as output:
         output.write(encoded(dtype, 0, 10))
@@ -292,7 +293,7 @@ def test_parquet_holds_the_vectors_as_lists(tmp_path: Path, dtype: str) -> None:
 
 def test_without_pyarrow_parquet_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"stoker\[parquet\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[parquet\]', from a checkout"):
         check_output(tmp_path / "out.parquet", "float32", overwrite=False)
 
 

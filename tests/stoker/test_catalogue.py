@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stoker.catalogue import CATALOGUE, derived_name, from_anywhere, model_name, parse_model, parse_models
+from stoker.catalogue import (
+    CATALOGUE,
+    derived_name,
+    drafts_of,
+    from_anywhere,
+    model_name,
+    parse_drafts,
+    parse_model,
+    parse_models,
+)
 from stoker.contract.base import NAME_PATTERN
 from stoker.errors import ConfigError
+from stoker.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -87,6 +97,46 @@ def test_two_models_of_one_name_are_refused() -> None:
     assert same == {"model": ("/a/model",), "all-minilm-l6-v2": CATALOGUE["all-minilm-l6-v2"]}
     with pytest.raises(ConfigError, match=r"another model is called model already \(/a/model\).*NAME=/b/model"):
         parse_models(["/a/model", "/b/model"])
+
+
+def test_a_draft_model_is_named_or_has_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    served = {"big": ("/big",), "small": ("/small",)}
+    given = [
+        "big=small",
+        "other=all-minilm-l6-v2",
+        "a=./Folder",
+        "b=hf:org/Name",
+        "c=weights.gguf",
+        "d=mine=/x",
+        "big=small",
+    ]
+    assert parse_drafts(given, served) == {
+        "big": ("small", ("/small",)),
+        "other": ("all-minilm-l6-v2", CATALOGUE["all-minilm-l6-v2"]),
+        "a": ("folder", (str(tmp_path / "Folder"),)),
+        "b": ("name", ("hf:org/Name",)),
+        "c": ("weights", (str(tmp_path / "weights.gguf"),)),
+        "d": ("mine", ("/x",)),
+    }
+    (tmp_path / "lying").mkdir()
+    for text, cause in (
+        ("big", "write MODEL=DRAFT"), ("big=", "write MODEL=DRAFT"), ("=small", "write MODEL=DRAFT"),
+        ("Big=small", "write MODEL=DRAFT"), ("/x/big=small", "write MODEL=DRAFT"),
+        ("big=lying", r"lying is no model of this worker or of the catalogue, .*A path has a slash: big=\./lying"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"STOKER_DRAFT_MODELS: '{text}' given; .*{cause}"):
+            parse_drafts([text], served)
+    with pytest.raises(ConfigError, match="small drafts for big already"):
+        parse_drafts(["big=small", "big=/other"], served)
+
+
+def test_only_for_a_whole_model_another_one_drafts(tmp_path: Path) -> None:
+    asked = {"home": tmp_path, "models": ("big=/big", "small=/small"), "draft_models": ("big=small",)}
+    assert drafts_of(Settings.model_validate(asked)) == {"big": ("small", ("/small",))}
+    with pytest.raises(ConfigError, match=r"STOKER_DRAFT_MODELS: big=small given, with STOKER_SHARD; .* Unset one"):
+        drafts_of(Settings.model_validate({**asked, "shard": True}))
+    assert drafts_of(Settings.model_validate({"home": tmp_path, "shard": True})) == {}
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=100))

@@ -191,7 +191,7 @@ def test_a_chat_changes_model_adapter_and_system_and_answers_again(asked: dict[s
     run("chat", "--seed", "7", stdin="\n".join(said))
     roles = [message["role"] for message in asked["prompt"]]
     assert roles == ["system", "user", "assistant", "user"]
-    assert (asked["model"], asked["adapter"], asked["seed"]) == ("instruct", None, None)
+    assert (asked["model"], asked["adapter"], asked["seed"]) == ("instruct", None, 9)
 
 
 def test_a_chat_says_what_can_be_typed() -> None:
@@ -208,6 +208,13 @@ def test_init_writes_files_that_train_and_embed_take_and_overwrites_none(tmp_pat
     done = CliRunner().invoke(app, ["init", str(tmp_path / "new")])
     assert isinstance(done.exception, InvalidRequest)
     assert dataset.read_text() == "mine"
+
+
+def test_init_writes_nothing_where_one_of_its_files_is_there_already(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("mine")
+    done = CliRunner().invoke(app, ["init", str(tmp_path)])
+    assert isinstance(done.exception, InvalidRequest)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"texts.txt"}
 
 
 @pytest.mark.parametrize(
@@ -288,7 +295,16 @@ def test_a_pipe_is_read_by_its_name_or_as_standard_input(
 @pytest.mark.parametrize(
     ("words", "stdin", "why"),
     [
-        (("embed", "-"), "", "no text in it"),
+        (("embed", "-"), "", "^standard input: no text in it"),
+        (("generate", "-"), " \n", "prompt: standard input given, without a character that is not a space"),
+        (("generate", "-"), "", "prompt: standard input given"),
+        (("generate", ""), "", "prompt: an empty text given"),
+        (("generate", "a", "--in-flight", "2"), "", "--in-flight: given without --output"),
+        (("generate", "a", "--overwrite"), "", "--overwrite: given without --output"),
+        (("embed", "a", "--in-flight", "0"), "", "--in-flight: given without --output"),
+        (("embed", "a", "--overwrite"), "", "--overwrite: given without --output"),
+        (("jobs", "cancel", "--kind", "nope"), "", "kind: 'nope' given; embed, generate, train, adapters are allowed"),
+        (("jobs", "purge", "--kind", "nope"), "", "kind: 'nope' given; embed, generate, train, adapters are allowed"),
         (("embed", "-"), "a\n\udcff".encode("utf-8", "surrogateescape"), "standard input, line 2: not UTF-8"),
         (("embed", "-", "-"), "a", "'-' given twice"),
         (("generate", "-"), b"\xff", "standard input is not UTF-8"),
@@ -308,6 +324,19 @@ def test_what_is_wrong_with_standard_input_is_said(
 ) -> None:
     with pytest.raises(InvalidRequest, match=why):
         run(*words, stdin=stdin)
+
+
+def test_ctrl_c_leaves_a_run_going_and_says_how_to_follow_and_to_end_it(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def progress(_: FakeJob) -> Iterator[TrainReport]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeJob, "progress", progress)
+    monkeypatch.setattr(FakeJob, "cancel", lambda _: pytest.fail("it was to go on"))
+    done = CliRunner().invoke(app, ["train", "style", "--dataset", str(tmp_path / "rows.jsonl")])
+    assert done.exit_code == 130
+    assert "the run goes on: `stoker runs attach 3f2c`, `stoker cancel 3f2c`" in done.stderr
 
 
 def test_a_dataset_can_come_from_standard_input_or_a_pipe_or_be_the_workers(

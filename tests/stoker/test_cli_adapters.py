@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from stoker.broker import keys, registry
 from stoker.broker.connection import connect
+from stoker.broker.registry import AdapterEntry
 from stoker.cli import app
+from stoker.client._sync.adapters import Adapters
 from stoker.contract import ModelCard, Presence
 from stoker.errors import InvalidRequest
 from stoker.settings import Settings
@@ -105,6 +107,25 @@ def test_an_adapter_is_removed_from_the_registry_and_from_this_disk_and_no_other
     assert adapters("remove", "style") == "style: 2 versions removed\n"
     assert "style@" not in adapters("list")
     assert [path.name for path in (tmp_path / "adapters/m").iterdir()] == ["other"]
+
+
+def test_a_version_that_a_job_makes_while_an_adapter_is_removed_stays(
+    adapters: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "adapters/m/style"
+    for version in (1, 2):
+        (home / str(version)).mkdir(parents=True)
+    unload = Adapters.unload
+
+    def made_meanwhile(self: Adapters, adapter: str, model: str | None = None) -> AdapterEntry:
+        (home / "3").mkdir(exist_ok=True)
+        registry.register(adapters.redis, "m", "style", 3, {"rank": 8}, promote=True)
+        return unload(self, adapter, model)
+
+    monkeypatch.setattr(Adapters, "unload", made_meanwhile)
+    assert adapters("remove", "style") == "style: 2 versions removed\n"
+    assert [path.name for path in home.iterdir()] == ["3"]
+    assert adapters.serving == 3
 
 
 def test_an_adapter_that_is_not_there_is_one_error(adapters: Commands) -> None:

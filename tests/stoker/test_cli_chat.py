@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from stoker.cli import app, chat, inputs, options
 from stoker.contract import StreamToken
-from stoker.errors import BrokerUnavailable, InvalidRequest, OutOfMemory, TextTooLong, UnknownModel
+from stoker.errors import BrokerUnavailable, InvalidRequest, OutOfMemory, StokerError, TextTooLong, UnknownModel
 from stoker.local.interrupts import AskedToEnd, end_cleanly
 from tests.stoker.test_cli import RESULT, FakeClient, FakeJob, asked, run
 
@@ -147,7 +147,33 @@ def test_another_try_takes_the_last_answer_back_and_has_a_new_seed(
     talk.take("Hello")
     talk.take("/retry")
     assert client.prompts == [[("user", "Hello")]] * 2
-    assert client.seeds == [7, None], "the first answer alone has the seed that was given"
+    assert client.seeds == [7, 8]
+
+
+def test_a_conversation_with_a_seed_is_the_same_each_time_and_its_answers_have_seeds_of_their_own(
+    client: Refusing, talk: chat.Conversation
+) -> None:
+    talk.seed = 7
+    for said in ("Hello", "And you?", "Well."):
+        talk.take(said)
+    assert client.seeds == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("refuses", "said", "code"),
+    [
+        (None, "Hello\n", 0),
+        (InvalidRequest("no role is so."), "Hello\nAnd you?\n", 2),
+        (None, "/model nope\nHello\n", UnknownModel.exit_code),
+    ],
+)
+def test_a_program_learns_by_the_exit_code_that_something_was_refused_though_the_conversation_went_on(
+    client: Refusing, monkeypatch: pytest.MonkeyPatch, refuses: StokerError | None, said: str, code: int
+) -> None:
+    monkeypatch.setattr(chat, "connect", lambda url: client)
+    client.refuses = refuses
+    done = CliRunner().invoke(app, ["chat"], input=said)
+    assert (done.exit_code, done.stdout) == (code, "one two\n")
 
 
 def test_the_systems_message_comes_first_and_goes_with_an_empty_one(client: Refusing, talk: chat.Conversation) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from stoker.cli import app, machine
 from stoker.contract import Presence
-from stoker.errors import ConfigError
+from stoker.errors import BrokerUnavailable, ConfigError
 from stoker.local import naming, stack
 from stoker.settings import load_settings, settings_of
 from tests.stoker.test_cli import WORKER, FakeClient, asked, run
@@ -81,6 +81,24 @@ def test_status_waits_for_a_worker_for_as_long_as_it_is_asked_to(
     monkeypatch.setattr(time, "sleep", pauses.append)
     assert "w@here" in run("status", "--wait", "60")
     assert len(pauses) == 2
+
+
+def test_status_waits_for_a_broker_too_which_may_just_be_starting(
+    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away, made = [BrokerUnavailable("no broker was chosen"), BrokerUnavailable("no answer")], FakeClient()
+
+    def connected(url: str | None) -> FakeClient:
+        if away:
+            raise away.pop(0)
+        return made
+
+    monkeypatch.setattr(machine, "connect", connected)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert "w@here" in run("status", "--wait", "60")
+    away.append(BrokerUnavailable("no answer"))
+    with pytest.raises(BrokerUnavailable, match="no answer"):
+        run("status")
 
 
 def test_a_worker_is_up_since_its_start(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -84,10 +85,27 @@ def test_no_run_is_no_error() -> None:
     assert invoke("list") == ""
 
 
+def test_a_plot_that_a_full_disk_does_not_take_leaves_the_former_picture_and_no_half_of_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = pytest.importorskip("matplotlib.figure", reason="pip install '.[plot]'")
+
+    def savefig(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(figures.Figure, "savefig", savefig)
+    (tmp_path / "loss.png").write_bytes(b"former")
+    with pytest.raises(InvalidRequest, match=r"loss.png: cannot be written .*No space left"):
+        invoke("plot", "job-1", "-o", str(tmp_path / "loss.png"))
+    assert (tmp_path / "loss.png").read_bytes() == b"former"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["loss.png"]
+
+
 def test_a_plot_is_drawn_or_says_what_it_needs(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "loss.png"
     if importlib.util.find_spec("matplotlib") is None:
-        with pytest.raises(ConfigError, match=r"pip install 'stoker\[plot\]'"):
+        with pytest.raises(ConfigError, match=r"pip install '\.\[plot\]', from a checkout"):
             invoke("plot", "job-1", "-o", str(out))
         return
     assert invoke("plot", "job-1", "-o", str(out)) == f"{out}\n"

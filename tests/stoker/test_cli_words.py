@@ -175,6 +175,9 @@ def test_texts_of_a_file_need_an_output_and_an_output_one_file(client: FakeClien
     Path("texts.txt").write_text("a\nb\nc\n")
     assert "texts.txt is a file: name a file for its vectors with --output" in refused("embed", "texts.txt")
     assert "2 texts given; with --output just one" in refused("embed", "a", "b", "-o", "out.npy")
+    for wrong in (("--in-flight", "0"), ("--batch", "0"), ("--dimensions", "0"), ("--dtype", "int4")):
+        assert wrong[0][2:].replace("-", "_") in refused("embed", "texts.txt", "-o", "out.npy", *wrong)
+        assert not list(Path().glob("out.npy*"))
     assert said("embed", "texts.txt", "-o", "out.npy") == "out.npy: 3 vectors of 8 numbers, float32\n"
     record = json.loads(said("embed", "texts.txt", "-o", "out.npy", "--overwrite", "--dtype", "float16", "--json"))
     assert record.pop("seconds") >= 0
@@ -378,7 +381,7 @@ def test_the_gateway_is_given_its_names_in_small_letters_and_where_to_listen(mon
 
 def test_a_gateway_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "stoker.gateway.command", None)
-    assert "pip install 'stoker[gateway]'" in refused("serve", "--url", "redis://h:5/2", error=ConfigError)
+    assert "pip install '.[gateway]', from a checkout" in refused("serve", "--url", "redis://h:5/2", error=ConfigError)
 
 
 def test_an_engine_that_is_missing_or_cannot_be_asked_is_a_fault_with_its_remedy(

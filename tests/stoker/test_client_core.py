@@ -112,6 +112,12 @@ def test_without_a_name_and_without_a_worker_the_error_says_to_start_one() -> No
         choose(None, "embed", lately=(MINI,))
 
 
+def test_without_a_name_and_with_workers_that_cannot_the_error_says_how_they_could() -> None:
+    remedy = r"can rerank\. Give a worker one that can: `stoker models load MODEL`, or `stoker worker --model MODEL`\."
+    with pytest.raises(UnknownModel, match=remedy):
+        choose(None, "rerank", MINI, SMOL)
+
+
 def test_a_model_that_was_served_lately_is_accepted() -> None:
     assert choose("mini", "embed", lately=(MINI,)) == "mini"
 
@@ -150,9 +156,9 @@ def test_a_worker_is_named_without_a_source_for_a_model_of_the_catalogue_alone()
 
 
 def test_a_model_that_cannot_do_the_job_is_refused() -> None:
-    with pytest.raises(UnknownModel, match=r"'smol' cannot embed: it can generate and train; .* mini can embed"):
+    with pytest.raises(UnknownModel, match=r"'smol' cannot embed: it can generate, train; .* mini can embed"):
         choose("smol", "embed", MINI, SMOL)
-    with pytest.raises(UnknownModel, match=r"'smol' cannot embed: it can generate and train; no model that is warm"):
+    with pytest.raises(UnknownModel, match=r"'smol' cannot embed: it can generate, train; no model that is warm"):
         choose("smol", "embed", lately=(SMOL,))
 
 

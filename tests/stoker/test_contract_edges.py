@@ -91,10 +91,43 @@ EDGES: list[tuple[type, dict[str, Any], str, list[Any], list[Any]]] = [
     (ChatMessage, {"role": "user"}, "tool_calls", [None, ({},) * 128], [({},) * 129]),
     (ChatMessage, {"role": "user"}, "tool_call_id", [None, "x" * 128], ["x" * 129]),
 ]
+NUMBERS: tuple[object, ...] = (int, float, int | None, float | None)
 #: Fields without a bound, and those that other tests are about.
 BOUNDLESS = {"normalize", "ignore_eos", "lookup", "json_schema", "model", "name", "promote"} | {
     *("rslora", "dora", "learn_prompts", "gradient_checkpointing", "logit_bias"),
 }
+
+
+@pytest.mark.parametrize("request_", [GenerateRequest, EmbedRequest, TrainRequest, AdapterRequest])
+def test_true_and_false_are_no_numbers(request_: type[GenerateRequest]) -> None:
+    fields = {GenerateRequest: GENERATE, EmbedRequest: EMBED, TrainRequest: TRAIN, AdapterRequest: LOAD}[request_]
+    of_numbers = [name for name, field in request_.model_fields.items() if field.annotation in NUMBERS]
+    assert {"priority", "deadline"} <= {*of_numbers}
+    for name in of_numbers:
+        for value in (True, False):
+            with pytest.raises(ValidationError, match=f"{value} given; expected a number") as refused:
+                request_(**{**fields, name: value})
+            assert [problem["loc"] for problem in refused.value.errors()] == [(name,)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "m", "prompt_ids": [1, True]},
+        GENERATE | {"stop_token_ids": (False,)},
+        GENERATE | {"logit_bias": {1: 2.0, 2: True}},
+    ],
+)
+def test_true_and_false_are_none_of_many_numbers_either(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="true or false is among them; expected numbers"):
+        GenerateRequest(**fields)
+
+
+def test_what_is_true_or_false_is_taken_so() -> None:
+    for name in ("ignore_eos", "lookup"):
+        assert getattr(GenerateRequest(**GENERATE | {name: True}), name) is True
+    assert EmbedRequest(**EMBED, normalize=False).normalize is False
+    assert GenerateRequest(**TALK, template={"enable_thinking": False}).template == {"enable_thinking": False}
 
 
 def test_every_field_of_a_request_has_its_edges_here() -> None:

@@ -19,13 +19,13 @@ from stoker.files import vector_output
 from stoker.files.line_output import LineOutput
 from stoker.files.locks import try_lock
 from stoker.files.output import partial_path
-from stoker.files.vector_output import opened
 from stoker.local.broker import EmbeddedBroker
 from stoker.settings import Settings, load_settings
 from tests import powercut
 from tests.powercut import Cut, Disk
 from tests.stoker import arrow
 from tests.stoker.test_bulk_files import DIM, break_off, encoded, job
+from tests.stoker.vector_files import opened
 
 ROWS, STEP = 23, 9
 LINES = 5

@@ -263,6 +263,26 @@ def test_a_log_that_is_deleted_by_hand_is_begun_anew_with_the_next_line(tmp_path
     assert path.read_bytes() == b"the next\nand more\n"
 
 
+@pytest.mark.parametrize("trouble", [NotADirectoryError(20, "Not a directory"), OSError(5, "Input/output error")])
+def test_a_log_that_cannot_be_looked_at_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: OSError
+) -> None:
+    """Of a disk that was pulled: a guard that reads no more would have its worker wait for ever with a full pipe."""
+    path = tmp_path / "log"
+    log = guard.RotatingLog(str(path), 100, 9)
+    log.write(b"a line\n")
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise trouble
+
+        patch.setattr(os, "stat", refuse)
+        patch.setattr(os, "open", refuse)
+        log.write(b"the next\n")
+    log.write(b"and more\n")
+    assert path.read_bytes() == b"a line\nthe next\nand more\n"
+
+
 def test_a_log_that_is_deleted_as_it_is_opened_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By `stoker clean`, between the opening and the lock."""
     path, lock = tmp_path / "log", fcntl.flock

@@ -26,7 +26,7 @@ from stoker.broker import keys, ledger, policy, prefixes, registry
 from stoker.cli import app
 from stoker.cli.housekeeping import seconds
 from stoker.errors import InvalidRequest, JobCancelled, UnknownAdapter
-from stoker.files.durable import DRAFT, draft_folder
+from stoker.files.durable import DRAFT, draft_folder, remove_folder
 from stoker.local import backup, storage
 from stoker.local.backup import KINDS
 from stoker.local.process import Process
@@ -156,6 +156,26 @@ def test_a_run_that_ended_is_removed_and_one_that_goes_on_is_not(fake: Callable[
         job.cancel()
     invoke("runs", "remove", "goes-on")
     assert not going.exists()
+
+
+@pytest.mark.parametrize("status", ["out of memory", "cancelled"])
+def test_a_run_that_failed_and_whose_job_was_sent_again_is_not_removed(fake: Callable[[], Client], status: str) -> None:
+    """A worker goes on from its checkpoints."""
+    with fake() as client:
+        job = client.train("style", [{"text": "d"}], model="smol", job_id="again")
+        folder = make_run(job.id, status=status)
+        with pytest.raises(InvalidRequest, match="run again is queued"):
+            invoke("runs", "remove", "again")
+        assert folder.exists()
+        job.cancel()
+    invoke("runs", "remove", "again")
+    assert not folder.exists()
+
+
+def test_a_run_that_failed_is_removed_where_there_is_no_broker_to_ask() -> None:
+    folder = make_run("failed", status="out of memory")
+    invoke("runs", "remove", "failed")
+    assert not folder.exists()
 
 
 def test_a_run_whose_job_the_broker_has_forgotten_is_removed(fake: Callable[[], Client]) -> None:
@@ -547,16 +567,72 @@ def test_a_file_that_goes_while_a_backup_is_made_is_left_out(
     server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run("job-1")
-    read = Path.read_bytes
-
-    def gone(path: Path) -> bytes:
-        if path.name == "log.jsonl":
-            path.unlink()
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", gone)
+    before_opening(monkeypatch, "log.jsonl", lambda path: path.unlink())
     invoke("backup", str(tmp_path / "b.tgz"))
     assert {name for name in members(tmp_path / "b.tgz") if name.startswith("runs/")} == {"runs/job-1/run.json"}
+
+
+def before_opening(monkeypatch: pytest.MonkeyPatch, name: str, do: Callable[[Path], object]) -> None:
+    """Do something with each file of this name, once, when it is about to be opened."""
+    opened, met = Path.open, set[Path]()
+
+    def open_(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name and args == ("rb",) and path not in met:
+            met.add(path)
+            do(path)
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_)
+
+
+def make_checkpoint(run: Path, step: int) -> Path:
+    folder = run / "checkpoints" / f"step-{step:08}"
+    folder.mkdir(parents=True)
+    for name in CHECKPOINT:
+        (folder / name).write_text(f"of step {step}")
+    return folder
+
+
+CHECKPOINT = ("adapter_config.json", "adapter_model.safetensors", "stoker.json", "trainer.safetensors")
+
+
+@pytest.mark.parametrize("met", CHECKPOINT)
+def test_a_run_that_goes_on_while_a_backup_is_made_has_whole_checkpoints_in_it(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, met: str
+) -> None:
+    """It drops its oldest one with each that it writes."""
+    run = make_run("job-1", status="running")
+    first, second = (make_checkpoint(run, step) for step in (10, 20))
+
+    def goes_on(path: Path) -> None:
+        if path.parent == first:
+            make_checkpoint(run, 30)
+            remove_folder(first)
+
+    before_opening(monkeypatch, met, goes_on)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    found = [Path(name) for name in members(tmp_path / "b.tgz") if "/checkpoints/" in name]
+    assert not first.exists()
+    assert {path.parent.name for path in found} == {second.name}
+    assert sorted(path.name for path in found) == [*CHECKPOINT]
+
+
+def test_a_run_has_a_checkpoint_in_a_backup_though_all_that_were_listed_go_meanwhile(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("job-1", status="running")
+    make_checkpoint(run, 10)
+    make_checkpoint(make_run("job-0", status="running"), 10)
+
+    def goes_on(path: Path) -> None:
+        if "job-0" in path.parts:
+            make_checkpoint(run, 20)
+            remove_folder(run / "checkpoints" / "step-00000010")
+
+    before_opening(monkeypatch, "run.json", goes_on)
+    invoke("backup", str(tmp_path / "b.tgz"))
+    names = {name for name in members(tmp_path / "b.tgz") if name.startswith("runs/job-1/checkpoints")}
+    assert names == {f"runs/job-1/checkpoints/step-00000020/{name}" for name in CHECKPOINT}
 
 
 def test_a_draft_that_goes_before_it_is_looked_into_hinders_neither_a_backup_nor_clean(

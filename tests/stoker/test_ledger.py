@@ -420,6 +420,24 @@ def test_the_retry_of_a_dead_job_that_was_sent_anew_changes_nothing(redis: Any, 
     assert not runs or complete(redis, "two")
 
 
+def test_a_retried_job_is_known_on_for_what_it_was_asked_for(redis: Any) -> None:
+    ledger.submit(redis, "job", record() | {Field.ASKED: "digest"})
+    claim(redis, "one")
+    ledger.dead_letter(redis, "job", QUEUE, "one")
+    complete(redis, "one")
+    letter = redis.hget(keys.DEAD, "job")
+    assert ledger.submit(redis, "job", record(), revive=True).state == "new"
+    assert redis.hget(keys.job("job"), Field.ASKED) == b"digest"
+    # The record of a dead job expires before its letter does, and another job may have its id then.
+    redis.delete(keys.job("job"))
+    ledger.submit(redis, "job", record() | {Field.ASKED: "another"})
+    claim(redis, "two")
+    complete(redis, "two")
+    redis.hset(keys.DEAD, "job", letter)
+    assert ledger.submit(redis, "job", record(), revive=True).state == "new"
+    assert redis.hget(keys.job("job"), Field.ASKED) is None
+
+
 def test_a_message_of_an_expired_record_is_another_delivery_than_that_of_the_next(redis: Any) -> None:
     """Found by 20,000 examples of the model: the ready list does not expire, and the job came again after a week."""
     submit(redis)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import platform
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from stoker.errors import ConfigError
 from stoker.local import naming
-from stoker.local.naming import take_name
+from stoker.local.naming import home_id, take_name
 from stoker.settings import Settings
 
 
@@ -34,6 +36,28 @@ def test_other_models_and_another_home_are_another_worker(tmp_path: Path) -> Non
     names = [name_of(settings(tmp_path)), name_of(settings(tmp_path, "mine=/models/a"))]
     names.append(name_of(settings(tmp_path / "other")))
     assert len(set(names)) == 3
+
+
+def test_workers_of_two_machines_of_one_name_and_one_home_have_names_of_their_own(tmp_path: Path) -> None:
+    """As two new Macs, "MacBook-Pro.local", of a user "admin" on both."""
+    names, homes = set[str](), set[str]()
+    for _ in range(2):
+        chosen = settings(tmp_path / "admin" / ".stoker")
+        assert name_of(chosen) == name_of(chosen)
+        names.add(name_of(chosen))
+        homes.add(home_id(chosen))
+        # The path is that of the other machine from here on.
+        shutil.rmtree(tmp_path / "admin")
+    assert len(names) == len(homes) == 2
+
+
+def test_a_home_on_a_disk_without_links_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert name_of(settings(tmp_path)) == name_of(settings(tmp_path))
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["identity"]
 
 
 def test_of_two_workers_that_run_each_has_a_name_of_its_own(tmp_path: Path) -> None:

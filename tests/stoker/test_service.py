@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote_plus
 
 import pytest
 from typer.testing import CliRunner
@@ -19,7 +21,7 @@ from stoker.cli import app
 from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError
 from stoker.local import guard
 from stoker.local.service import Service, launchd_agent, read_environment, systemd_unit
-from stoker.local.service_manager import Launchd, Systemd
+from stoker.local.service_manager import Launchd, Systemd, installed
 from stoker.settings import Settings, settings_of
 
 MODEL = Path(__file__).parent.parent / "goldens" / "architectures" / "bert"
@@ -38,6 +40,10 @@ case "$1" in
 esac
 exit 0
 """
+
+
+#: What it says of an agent that is asked to end and has not ended.
+IN_PROGRESS = 'echo "Boot-out failed: 36: Operation now in progress" >&2; exit 36'
 
 
 class Machine:
@@ -112,7 +118,7 @@ def test_a_worker_is_installed_with_systemd_and_goes_again(
     assert stat.S_IMODE(machine.settings_file.parent.stat().st_mode) == 0o700
     settings = settings_of(read_environment(machine.settings_file))
     assert (settings.url, settings.models) == (SECRET, (f"bert={MODEL}",))
-    assert "uninstalled" in run("uninstall")
+    assert "is uninstalled" in run("uninstall")
     assert machine.asked() == [f"{user} disable --now {unit}", f"{user} daemon-reload"]
     assert not machine.unit.exists()
     assert not machine.settings_file.exists()
@@ -169,12 +175,20 @@ def test_files_that_settings_name_are_found_from_any_folder(
     [
         ("ON_DEMAND", "./bert, own=mpnet", f"bert={MODEL},own={MODEL.parent / 'mpnet'}"),
         ("MODELS", " , ", ","),
+        ("DRAFT_MODELS", "a=./bert, b=smollm2-135m-instruct", f"a=bert={MODEL},b=smollm2-135m-instruct"),
         ("ARTIFACTS", "store", str(MODEL.parent / "store")),
         ("ARTIFACTS", "s3://bucket/stoker", "s3://bucket/stoker"),
         ("ARTIFACTS", "simplecache::memory://x", "simplecache::memory://x"),
         ("BLAS", "./libopenblas.so", str(MODEL.parent / "libopenblas.so")),
         ("BLAS", "libopenblas.so.0", "libopenblas.so.0"),
         ("BLAS", "off", "off"),
+        (
+            "URL",
+            "rediss://b/0?ssl_ca_certs=ca.pem",
+            f"rediss://b/0?ssl_ca_certs={quote_plus(str(MODEL.parent))}%2Fca.pem",
+        ),
+        ("URL", "rediss://b/0?ssl_ca_certs=%2Fca+%26.pem", "rediss://b/0?ssl_ca_certs=%2Fca+%26.pem"),
+        ("URL", "redis://u:p%3F@b/0?protocol=3", "redis://u:p%3F@b/0?protocol=3"),
     ],
 )
 def test_every_setting_that_names_files_is_kept_as_it_is_meant_here(
@@ -183,8 +197,9 @@ def test_every_setting_that_names_files_is_kept_as_it_is_meant_here(
     on("Linux")
     machine.has("systemctl")
     monkeypatch.chdir(MODEL.parent)
+    monkeypatch.setenv("STOKER_URL", BROKER)
     monkeypatch.setenv(f"STOKER_{name}", given)
-    run("install", "--url", BROKER)
+    run("install")
     assert read_environment(machine.settings_file)[f"STOKER_{name}"] == kept
 
 
@@ -231,6 +246,81 @@ def test_a_worker_is_installed_with_launchd_and_an_agent_that_runs_ends_first(ma
     assert f"launchctl bootout {agent}" in machine.asked()
     assert not machine.agent.exists()
     assert "no worker is installed" in run("uninstall")
+
+
+def test_an_agent_that_takes_its_time_to_drain_is_no_failure(machine: Machine, on: On) -> None:
+    on("Darwin")
+    machine.has("launchctl", LAUNCHCTL.replace('touch "$STATE/ends"', f'touch "$STATE/ends"; {IN_PROGRESS}'))
+    run("install", "--model", str(MODEL), "--url", BROKER)
+    run("install")
+    assert "is uninstalled" in run("uninstall")
+    assert not machine.agent.exists()
+    assert not machine.settings_file.exists()
+
+
+def test_a_service_of_another_home_is_uninstalled_with_its_own_settings_and_patience(
+    machine: Machine, on: On, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on("Linux")
+    machine.has("systemctl")
+    odd = machine.folder / "100% $mine"
+    monkeypatch.setenv("STOKER_HOME", str(odd))
+    monkeypatch.setenv("STOKER_GRACE", "3000")
+    run("install", "--model", str(MODEL), "--url", BROKER)
+    found = installed(Systemd())
+    assert found is not None
+    monkeypatch.setenv("STOKER_HOME", str(machine.folder / "home"))
+    monkeypatch.delenv("STOKER_GRACE")
+    assert installed(Systemd()) == found
+    assert (found.folder, found.stop_limit) == (odd, 3060)
+    assert str(odd) in run("uninstall")
+    assert not (odd / "worker.env").exists()
+
+
+def test_a_worker_that_is_installed_again_has_its_own_time_to_drain(
+    machine: Machine, on: On, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on("Linux")
+    machine.has("systemctl")
+    limits, run_ = list[float](), subprocess.run
+
+    def noted(command: list[str], *, timeout: float, **options: Any) -> Any:
+        limits.append(timeout)
+        return run_(command, timeout=timeout, **options)
+
+    monkeypatch.setattr(subprocess, "run", noted)
+    monkeypatch.setenv("STOKER_GRACE", "3000")
+    run("install", "--model", str(MODEL), "--url", BROKER)
+    limits.clear()
+    monkeypatch.setenv("STOKER_GRACE", "5")
+    run("install")
+    assert max(limits) > 3060
+    limits.clear()
+    run("uninstall")
+    assert max(limits) < 100
+
+
+@pytest.mark.parametrize(("system", "program"), [("Linux", "systemctl"), ("Darwin", "launchctl")])
+def test_a_worker_that_is_installed_again_in_another_home_leaves_no_settings_in_the_first(
+    machine: Machine, on: On, monkeypatch: pytest.MonkeyPatch, system: str, program: str
+) -> None:
+    on(system)
+    machine.has(program, LAUNCHCTL)
+    monkeypatch.setenv("STOKER_URL", SECRET)
+    run("install", "--model", str(MODEL))
+    monkeypatch.setenv("STOKER_HOME", str(machine.folder / "other"))
+    run("install", "--model", str(MODEL))
+    assert not machine.settings_file.exists()
+    assert (machine.folder / "other" / "worker.env").exists()
+
+
+def test_a_worker_whose_settings_are_gone_is_uninstalled(machine: Machine, on: On) -> None:
+    on("Linux")
+    machine.has("systemctl")
+    run("install", "--model", str(MODEL), "--url", BROKER)
+    machine.settings_file.unlink()
+    assert "is uninstalled" in run("uninstall")
+    assert not machine.unit.exists()
 
 
 def test_an_agent_that_does_not_end_is_one_clear_error(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

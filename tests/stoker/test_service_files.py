@@ -6,6 +6,7 @@ import plistlib
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,9 +92,9 @@ def test_an_agent_of_launchd_runs_the_worker_under_the_guard_that_keeps_its_log_
 def test_systemd_is_asked_to_start_a_worker_anew_and_to_forget_it(
     commands: Commands, service: Service, tmp_path: Path
 ) -> None:
-    system = Systemd()
+    system, service = Systemd(), replace(service, environment_file=service.folder / "worker.env")
     assert system.file == tmp_path / "config/systemd/user" / UNIT
-    install(system, service)
+    install(system, service, None)
     assert system.file.read_text() == systemd_unit(service)
     assert system.file.stat().st_mode & 0o777 == 0o600
     assert service.log.parent.is_dir()
@@ -101,13 +102,16 @@ def test_systemd_is_asked_to_start_a_worker_anew_and_to_forget_it(
     assert commands.asked == [(*user, "daemon-reload"), (*user, "enable", UNIT), (*user, "restart", UNIT)]
     assert commands.limits == [65.0] * 3, "a worker that runs has time to drain"
     commands.asked.clear()
+    service.folder.mkdir()
     service.environment_file.write_text("")
-    assert uninstall(system, service) is True
+    gone = uninstall(system)
+    assert gone is not None
+    assert gone.folder == service.folder
     assert commands.asked == [(*user, "disable", "--now", UNIT), (*user, "daemon-reload")]
     assert not system.file.exists()
     assert not service.environment_file.exists()
     commands.asked.clear()
-    assert uninstall(system, service) is False
+    assert uninstall(system) is None
     assert commands.asked == []
     follow = ["journalctl", "--user", f"--unit={UNIT}", "--lines=7"]
     assert [system.logs(service, 7, following) for following in (False, True)] == [follow, [*follow, "--follow"]]
@@ -124,14 +128,14 @@ def test_launchd_is_asked_to_end_an_agent_that_runs_before_another_starts(
     system, agent = Launchd(), f"gui/501/{LABEL}"
     looks = iter([None, None, None, "no such process"])
     commands.fails = {f"print {agent}": lambda: next(looks)}
-    install(system, service)
+    install(system, service, None)
     ends = [("launchctl", "print", agent), ("launchctl", "bootout", agent)]
     starts = [("launchctl", "enable", agent), ("launchctl", "bootstrap", "gui/501", str(system.file))]
     assert commands.asked == [*ends, *[ends[0]] * 3, *starts]
     assert len(slept) == 2
     commands.asked.clear()
     commands.fails = {f"print {agent}": "no such process"}
-    system.start(service)
+    system.start(service.stop_limit)
     assert commands.asked == [ends[0], *starts], "none runs"
     commands.fails = {}
     moments = iter([0.0, 65.0, 65.1, 65.2])
@@ -165,14 +169,14 @@ def test_a_file_that_cannot_be_deleted_is_named(
     commands: Commands, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system = Systemd()
-    install(system, service)
+    install(system, service, None)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(ConfigError, match=r"cannot be deleted \(Read-only"):
-        uninstall(system, service)
+        uninstall(system)
 
 
 @pytest.mark.parametrize(("system", "kind"), [("Linux", Systemd), ("Darwin", Launchd)])

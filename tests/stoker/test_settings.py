@@ -181,6 +181,7 @@ def test_a_child_process_inherits_nothing_that_its_settings_do_not_say(
     plain = Settings(home=tmp_path, kv_bits=8)
     shared = {"ARTIFACTS": "memory://fleet", "METRICS": "9464", "GROUP": "g", "RANKS": "2", "SHARD": "true"}
     shared |= {"DATA": str(tmp_path), "ON_DEMAND": "all-minilm-l6-v2", "URL": "redis://fleet/0"}
+    shared |= {"DRAFT_MODELS": "smollm2-135m-instruct=/small"}
     for name, value in shared.items():
         monkeypatch.setenv(f"STOKER_{name}", value)
     given = load_settings(home=tmp_path, kv_bits=8).alone()
@@ -189,7 +190,7 @@ def test_a_child_process_inherits_nothing_that_its_settings_do_not_say(
     assert load_settings() == given == plain
 
 
-@pytest.mark.parametrize("name", ["STOKER_MODELS", "STOKER_ON_DEMAND"])
+@pytest.mark.parametrize("name", ["STOKER_MODELS", "STOKER_ON_DEMAND", "STOKER_DRAFT_MODELS"])
 def test_a_list_that_is_blank_by_mistake_is_not_taken_for_no_model(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, " ")
     with pytest.raises(ConfigError, match=rf"{name}: ' ' given; .*a comma alone is no model"):
@@ -211,6 +212,6 @@ def test_a_caller_may_say_every_setting_under_its_name_and_with_its_type() -> No
     assert said.keys() == Settings.model_fields.keys()
     # None says nothing, and a sequence of models may be any.
     wanted = {name: Optional[declared[name]] for name in said}  # noqa: UP045 -- a type that is known at run time only
-    assert said == wanted | dict.fromkeys(("models", "on_demand"), Sequence[str] | None)
+    assert said == wanted | dict.fromkeys(("models", "on_demand", "draft_models"), Sequence[str] | None)
     with pytest.raises(ConfigError, match="STOKER_LEASES: 3 given"):
         load_settings(leases=3)  # type: ignore[call-arg]

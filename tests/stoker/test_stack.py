@@ -14,7 +14,7 @@ from stoker.errors import BrokerUnavailable, ModelError, WorkerUnavailable
 from stoker.local import stack as stacks
 from stoker.local.broker import PREFERRED_PORT
 from stoker.local.stack import COMPACT_EVERY, ERROR_MARK, RESTART_PAUSE, Stack
-from stoker.settings import Settings, load_settings
+from stoker.settings import RunningBroker, Settings, load_settings
 
 URL = "redis://127.0.0.1:1/0"
 
@@ -32,6 +32,8 @@ class World:
         self.broker: Broker | None = None
         #: Whether a broker that runs gives no answer.
         self.silent = False
+        #: Whether another `stoker up` has the home's data.
+        self.taken = False
         #: Where brokers were to listen.
         self.ports: list[int] = []
 
@@ -72,7 +74,10 @@ class Broker:
     alive = True
 
     def __init__(self, world: World) -> None:
-        self._did = world.did
+        self._did, self._world = world.did, world
+
+    def take(self) -> bool:
+        return not self._world.taken
 
     def start(self, report: object) -> str:
         self._did.append("start broker")
@@ -150,6 +155,31 @@ def test_a_stack_takes_nothing_from_the_environment_that_its_settings_do_not_say
     with Stack(settings, own_broker=True, flower=False) as running:
         assert (running.settings.artifacts, running.settings.url) == (None, URL)
     assert world.child("worker").env["STOKER_ARTIFACTS"] == ""
+
+
+def test_one_that_is_started_while_another_starts_waits_for_its_broker_and_joins_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = RunningBroker(URL, 4711)
+    announced: list[RunningBroker] = []
+    monkeypatch.setattr(Settings, "running_broker", property(lambda _: announced[0] if announced else None))
+    monkeypatch.setattr(stacks, "answers", lambda _: True)
+    monkeypatch.setattr(stacks, "wait_for_broker", lambda *_: None)
+    world.taken, said = True, list[str]()
+    world.after = iter([lambda: None] * 300 + [lambda: announced.append(first)])
+    with Stack(Settings(home=tmp_path / "home"), flower=False, report=said.append) as running:
+        assert running.joined == first.pid
+        assert "start broker" not in world.did
+    assert set(said) == {"waiting for another `stoker up` of this STOKER_HOME, which starts or ends"}
+    assert "stop broker" not in world.did, "it is the other's"
+
+
+def test_one_that_is_started_while_another_ends_comes_in_its_place(world: World, tmp_path: Path) -> None:
+    world.taken = True
+    world.after = iter([lambda: None, lambda: setattr(world, "taken", False)])
+    with Stack(Settings(home=tmp_path / "home"), flower=False) as running:
+        assert running.joined is None
+        assert "start broker" in world.did
 
 
 def test_a_name_is_free_again_once_its_stack_has_ended(world: World, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ MISSPELT: dict[str, tuple[Callable[[Any], Any], str]] = {
     "load": (lambda client: client.adapters.load("x", ".", promot=True), r"promot: .*did you mean promote\? Allowed"),
     "nothing like it": (
         lambda client: client.embed(["x"], zzz=1),
-        "zzz: no such option; Allowed: deadline, .*truncate",
+        r"zzz: no such option\. Allowed: deadline, .*truncate",
     ),
 }
 

@@ -24,6 +24,7 @@ from stoker.contract import (
     AdapterRequest,
     AdapterResult,
     EmbedRequest,
+    GenerateRequest,
     GenerateResult,
     StreamToken,
     TrainRequest,
@@ -48,6 +49,7 @@ from workers.beginnings import BLOCK, beginnings
 from workers.capacity import DoesNotFit
 from workers.job import Job
 from workers.job_lease import JobLease
+from workers.services import placing
 from workers.services.placing import Placing
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "stoker.json": b"{}"}
@@ -291,12 +293,21 @@ def test_a_long_prompt_goes_where_its_beginning_is_and_where_it_ran_is_noted(
 ) -> None:
     handler, request = GenerateHandler(), generate_request("m", "x" * 2 * BLOCK, 0, {})
     result = GenerateResult(text="y", token_ids=(1,), finish_reason="stop", usage=Usage(), model="m", adapter=None)
-    handler.finish(worker.job(), request, result)
-    assert [worker.redis.scard(keys.beginning(name)) for name in beginnings(request)] == [1, 1]
     asked: list[tuple[str, list[str]]] = []
+    named: list[GenerateRequest] = []
+
+    def names(of: GenerateRequest) -> list[str]:
+        named.append(of)
+        return beginnings(of)
+
+    monkeypatch.setattr(placing, "beginnings_of", names)
     monkeypatch.setattr(worker.runtime.placing, "better", lambda *prompt: asked.append(prompt))
-    handler.prepare(worker.job(), request)
+    job = worker.job()
+    handler.prepare(job, request)
     assert asked == [("m", beginnings(request))]
+    handler.finish(job, request, result)
+    assert [worker.redis.scard(keys.beginning(name)) for name in beginnings(request)] == [1, 1]
+    assert named == [request], "a long prompt is hashed once"
 
 
 def test_a_job_that_waits_for_room_gives_up_after_a_while(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -369,7 +369,7 @@ def test_a_job_of_which_another_worker_has_more_goes_there_once_and_as_if_it_had
 ) -> None:
     class Placed(Handler):
         def prepare(self, job: Job, request: GenerateRequest) -> GenerateRequest:
-            job.place(request.model, ["name"])
+            job.place(request)
             return request
 
     witness = Witness()

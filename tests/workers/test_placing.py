@@ -18,6 +18,7 @@ from stoker.client.submission import job_record
 from stoker.contract import ModelCard, Presence
 from stoker.settings import Settings
 from tests.conftest import wait_until
+from workers.beginnings import BLOCK, beginnings
 from workers.services.placing import Placing
 
 QUEUE = keys.queue("m", "generate")
@@ -107,10 +108,9 @@ def test_workers_of_one_home_have_what_is_on_its_disk(
 def test_a_wait_of_nothing_turns_it_off(redis: Any, place: Place) -> None:
     says(redis, "other")
     place("other").note(NAMES)
-    off = place("here", placement=0)
-    assert off.better("m", NAMES) is None
-    off.note(["f" * 32])
-    assert not redis.exists(keys.beginning("f" * 32))
+    request = generate_request("m", "x" * BLOCK, 0, {})
+    assert place("here").names(request) == beginnings(request) != []
+    assert place("here", placement=0).names(request) == []
 
 
 def test_what_another_program_wrote_hurts_no_job(redis: Any, place: Place) -> None:

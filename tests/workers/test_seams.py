@@ -19,6 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from engine import engine as engines
+from engine.checkpoints.drafts import DraftSource
 from engine.prefixes.disk import DiskLimits
 from engine.training import carried
 from kernels import registry
@@ -201,7 +202,7 @@ def test_the_engine_gets_what_the_settings_say_in_its_own_units(
     monkeypatch.setattr(engines, "Engine", lambda models, **given: made.append((models, given)))
     settings = load_settings(
         home=tmp_path, models=["a=/x", "b=/y"], adapter_memory=7, kv_cache=17, generate_slots=5, stall=0.75,
-        prefix_disk=3, lookup=False,
+        prefix_disk=3, lookup=False, draft_models=["a=b", "b=/z"],
         train_share=0.4, dtype="float16", quantize="8bit", group_size=32, kv_bits=8,
     )  # fmt: skip
 
@@ -225,6 +226,7 @@ def test_the_engine_gets_what_the_settings_say_in_its_own_units(
         "adapter_bytes": 7 << 20,
         "prefixes": DiskLimits(tmp_path / "prefixes", 3 << 20),
         "precision": {"dtype": "float16", "quantize": "8bit", "group_size": 32, "kv_bits": 8},
+        "drafts": {"a": DraftSource("b", ("/y",)), "b": DraftSource("z", ("/z",))},
         "on_death": death,
     }
     assert {name: given[name] for name in wanted} == wanted

@@ -25,7 +25,7 @@ from stoker.local.stack import ERROR_MARK
 from stoker.logs.redaction import Redactor, secrets_of
 from stoker.logs.setup import configure
 from stoker.settings import Settings
-from workers import run_sweep
+from workers import run_sweep, unloaded
 from workers.artifacts import Artifacts
 from workers.celery import control
 from workers.celery.interrupts import Interrupts
@@ -87,7 +87,8 @@ class EngineStep(bootsteps.StartStopStep):
         heart.prefixes = lambda: pinned.states
         heart.start()
         Background("pinned prefixes", pinned.round, stopped=running.stopped, every=PINS_EVERY).start()
-        rounds = (Housekeeping(self._context.settings).round, partial(run_sweep.round_of, running))
+        sweeps = (partial(run_sweep.round_of, running), partial(unloaded.round_of, running))
+        rounds = (Housekeeping(self._context.settings).round, *sweeps)
         Background("housekeeping", *rounds, stopped=running.stopped, every=EVERY).start()
         rest = resting.Resting.in_this_process(self._context.lanes)
         Background("resting", rest.round, stopped=running.stopped, every=resting.EVERY).start()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import queue
 import socket
 import threading
@@ -25,9 +26,11 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from stoker.broker import keys, ledger
-from stoker.contract import Presence
+from stoker.contract import GenerateRequest, Presence
 from stoker.contract.kinds import GENERATE
+from stoker.local.naming import home_id
 from stoker.settings import Settings
+from workers.beginnings import beginnings as beginnings_of
 from workers.services.background import Background
 
 log = logging.getLogger(__name__)
@@ -91,9 +94,14 @@ class Placing:
         except RedisError as error:
             log.info("jobs that were passed on are not recalled: %s", error)
 
+    def names(self, request: GenerateRequest) -> list[str]:
+        """Those of the prompt's beginnings, for `better` and later for `note`; none where no job waits for another
+        worker."""
+        return beginnings_of(request) if self._wait else []
+
     def note(self, beginnings: Sequence[str]) -> None:
         """From now on this worker has them. A broker that does not take it is asked no second time."""
-        if not (self._wait and beginnings):
+        if not beginnings:
             return
         pipeline = self._redis.pipeline(transaction=False)
         for name in beginnings:
@@ -106,7 +114,7 @@ class Placing:
 
     def better(self, model: str, beginnings: Sequence[str]) -> str | None:
         """The worker that has more of the prompt than this place has, and room for the job; None if there is none."""
-        if not (self._wait and beginnings):
+        if not beginnings:
             return None
         try:
             for name, holders in self._holders(beginnings):
@@ -180,4 +188,4 @@ def _place(settings: Settings, worker: str) -> str:
     """Workers of one machine and one home read each other's prefixes from the disk, where they keep any there."""
     if not settings.prefix_disk:
         return hashlib.sha256(worker.encode()).hexdigest()[:16]
-    return hashlib.sha256(f"{socket.gethostname()} {settings.home}".encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(f"{socket.gethostname()} {home_id(settings)}")).hexdigest()[:16]

@@ -64,7 +64,7 @@ end
 -- From where the job's messages are counted: a record that comes after another of the same job, which has expired or is
 -- revived, makes messages with other tags. Those of the first may still be somewhere.
 -- A dead letter that is sent again stays in its trace, and goes on to count its owners.
-local kept = revive and redis.pcall('HMGET', job, 'attempts', 'traceparent', 'tracestate', 'sent') or {}
+local kept = revive and redis.pcall('HMGET', job, 'attempts', 'traceparent', 'tracestate', 'sent', 'asked', 'lettered') or {}
 local sent = math.max(now * 1e6, count_of(kept[4]))
 local priority, client = tonumber(fields['priority']), fields['client']
 local turn = next_turn(priority, client)
@@ -79,6 +79,8 @@ redis.call('HSET', job, 'submitted', submitted, 'sent', string.format('%.0f', se
 for i, name in ipairs({'attempts', 'traceparent', 'tracestate'}) do
   if kept[i] then redis.call('HSETNX', job, name, kept[i]) end
 end
+-- What its client asked for is that of the letter's job, and not of one that was sent anew meanwhile.
+if kept[5] and kept[6] then redis.call('HSETNX', job, 'asked', kept[5]) end
 local accepted, trouble = pcall(function()
   redis.call('ZREMRANGEBYSCORE', mine, '-inf', now - pending_ttl)
   -- Ids of jobs that went with their record, or whose record was spoiled.
