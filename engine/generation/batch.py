@@ -15,13 +15,9 @@ from engine.generation.row import Row, RowState
 from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch, sampling_batch
 from engine.generation.step import Step
-from engine.models.buckets import bucket
-from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
+from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues
-
-#: Without compiling, any size is as good as another: a multiple of this is read.
-KV_LENGTH_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -153,7 +149,7 @@ class Batch:
             return False
         self.fit()
         assert self.kv is not None
-        size = self._padded(len(rows)) if self._step.decode_buckets else len(rows)
+        size = self.kv.padded(len(rows)) if self._step.decode_buckets else len(rows)
         padding = size - len(rows)
         assert not padding or len(rows) == len(self.rows), "a row that rests would be written to"
         draws, sampling = gather(rows, ahead[: len(rows)], self._model.args.vocab, size)
@@ -161,7 +157,7 @@ class Batch:
         given = ForwardInput(
             self._tokens(pending, rows, size)[:, None],
             mx.array(offset),
-            self._kv_length(int(offset.max()) + 1, 1),
+            self.kv.read_length(int(offset.max()) + 1, 1, bucketed=self._step.decode_buckets),
             adapters=self._pool.rows([row.adapter for row in rows] + [0] * padding),
             places=self.kv.pending(offset, len(rows)),
         )
@@ -208,7 +204,7 @@ class Batch:
             drafts.append(draft)
             # Behind a draft is padding, of which nobody looks at anything.
             draws += found + found[-1:] * (width - len(found))
-        size = self._padded(len(rows)) if self._step.prompt_buckets else len(rows)
+        size = self.kv.padded(len(rows)) if self._step.prompt_buckets else len(rows)
         owners = [row for row in rows for _ in range(width)]
         sampling = _sampling(owners, draws, self._model.args.vocab, size * width)
         picked = picks(self._step(self.kv, self._drafted(drafts, width, size), sampling), draws)
@@ -236,7 +232,7 @@ class Batch:
         return ForwardInput(
             mx.array(tokens),
             mx.array(offset),
-            self._kv_length(int(offset.max()) + width, width),
+            self.kv.read_length(int(offset.max()) + width, width, bucketed=self._step.decode_buckets),
             adapters=self._pool.rows(adapters),
             places=self.kv.pending(offset, len(self.rows)),
             every=True,
@@ -264,19 +260,6 @@ class Batch:
             return mx.array(known)
         taken = pending.chosen[0][mx.array(np.maximum(source, 0))]
         return mx.where(mx.array(source >= 0), taken, mx.array(known))
-
-    def _padded(self, rows: int) -> int:
-        """In how many rows a pass over so many comes."""
-        return min(bucket(rows), self.kv.rows) if isinstance(self.kv, KeyValues) else bucket(rows)
-
-    def _kv_length(self, length: int, tokens: int) -> int:
-        """How many positions a pass over `tokens` of each row reads, the longest of which has `length` then."""
-        if isinstance(self.kv, KeyValues):
-            if self._step.decode_buckets:
-                return min(bucket(length, SMALLEST_KV_LENGTH), self.kv.capacity)
-            return min(-(-length // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.kv.capacity)
-        # One token's kernel reads what each row has.
-        return bucket(length, SMALLEST_KV_LENGTH) if tokens > 1 else 1
 
 
 def _taken(draft: Sequence[int], found: Sequence[Pick]) -> list[Pick]:

@@ -13,13 +13,13 @@ import mlx.core as mx
 import numpy as np
 
 from engine.checkpoints.loading import LoadedModel
-from engine.generation.batch import KV_LENGTH_STEP, SMALLEST_KV_LENGTH
 from engine.generation.forward_input import ForwardInput
 from engine.generation.guess import ROWS, Rate
 from engine.generation.row import Row
 from engine.generation.sampling_batch import SamplingBatch
-from engine.generation.step import Compiled, Step, bucket
-from engine.models.cache import KeyValues
+from engine.generation.step import Compiled, Step
+from engine.models.buckets import bucket
+from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
 from engine.models.joint import JointKeyValues
 
 #: Tokens that a row may be behind, and is still drafted for: the pass that drafts takes them along.
@@ -70,6 +70,7 @@ class DraftModel:
         self.rate = Rate(tokens=ROWS)
         self._seats: dict[Row, _Seat] = {}
         self._kv: KeyValues | JointKeyValues | None = None
+        self._empty = self._new()
         self._reading: _Reading | None = None
 
     @property
@@ -117,10 +118,10 @@ class DraftModel:
             return
         seats = list(self._seats.values())
         slot, last = seats.index(self._seats[row]), seats.pop()
+        last.settle()
+        assert self._kv is not None
+        self._kv.leave(slot, len(seats), last.cached)
         if last.row is not row:
-            last.settle()
-            assert self._kv is not None
-            self._kv.move(slot, len(seats), last.cached)
             seats[slot] = last
         self._seats = {seat.row: seat for seat in seats}
         if not seats:
@@ -140,7 +141,7 @@ class DraftModel:
         if self._reading is None or self._reading.seat.row is not row:
             self._reading = None
             capacity = bucket(row.length + LAG + tokens, SMALLEST_KV_LENGTH)
-            if self._bytes(1, capacity) + self._growth(row.length) > spare:
+            if self._bytes(capacity) + self._growth([row.length]) > spare:
                 return 0
             self._reading = _Reading(_Seat(row, row.epoch, 0), KeyValues(self._decoder, 1, capacity))
         reading = self._reading
@@ -180,9 +181,9 @@ class DraftModel:
     def _seat(self, reading: _Reading, spare: int) -> None:
         seat, slot = reading.seat, len(self._seats)
         self._reading = None
-        if self._growth(seat.row.length) > spare:
+        if self._growth([seat.row.length]) > spare:
             return  # others have taken the memory meanwhile
-        self._fit(slot + 1, seat.row.length + LAG + MOST)
+        self._fit([*(other.cached for other in self._seats.values()), seat.row.length + LAG + MOST])
         assert self._kv is not None
         self._kv.put(slot, reading.kv, 0, seat.cached)
         self._seats[seat.row] = seat
@@ -207,9 +208,9 @@ class DraftModel:
             seat.settle()
         lines = [seat.row.behind(seat.cached)[:most] for seat in seats]
         many = bucket(most) if self._step.prompt_buckets else most
-        self._fit(len(seats), max(seat.cached for seat in seats) + many + MOST)
+        self._fit([seat.cached + many + MOST for seat in seats])
         assert self._kv is not None
-        size = min(bucket(len(seats)), self._kv.rows) if self._step.decode_buckets else len(seats)
+        size = self._kv.padded(len(seats)) if self._step.decode_buckets else len(seats)
         offset, last = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
         for slot, (seat, line) in enumerate(zip(seats, lines, strict=True)):
             offset[slot], last[slot] = seat.cached, len(line) - 1
@@ -224,9 +225,9 @@ class DraftModel:
         given = ForwardInput(
             mx.array(tokens),
             mx.array(offset),
-            self._kv_length(int(offset.max()) + many),
+            self._kv.read_length(int(offset.max()) + many, many, bucketed=self._step.decode_buckets),
             last=None if last is None or many == 1 else mx.array(last),
-            positions=self._kv.pending(offset),
+            places=self._kv.pending(offset, len(self._seats) or None),
         )
         return self._step(self._kv, given, SamplingBatch() if choose else None)
 
@@ -259,13 +260,12 @@ class DraftModel:
             self.forget(seat.row)
             seat.row.guess = None
         if unsound and self._kv is not None:
-            lengths = [seat.cached for seat in self._seats.values()]
-            self._kv.clear_beyond(lengths + [0] * (self._kv.rows - len(lengths)))
+            self._kv.clear_beyond([seat.cached for seat in self._seats.values()])
         return not unsound
 
     def warming(self) -> Iterator[None]:
         """Make the passes that drafting begins with, one at a time, for nobody."""
-        self._fit(1, 1)
+        self._fit([LAG + MOST])
         for many in (2, 1):
             zeros = np.zeros(1, dtype=np.int32)
             self._passes(np.zeros((1, many), dtype=np.int32), zeros, zeros + many - 1, 1)
@@ -282,36 +282,27 @@ class DraftModel:
         ids[ids >= self._decoder.args.vocab] = 0
         return ids
 
-    def _shape(self, rows: int, length: int) -> tuple[int, int]:
-        return bucket(rows), bucket(length, SMALLEST_KV_LENGTH)
+    def _new(self) -> KeyValues | JointKeyValues:
+        joint = self._decoder.kv_sizes.joint
+        return JointKeyValues(self._decoder) if joint else KeyValues(self._decoder, 0, 0)
 
-    def _fit(self, rows: int, length: int) -> None:
-        rows, capacity = self._shape(rows, length)
+    def _fit(self, lengths: Sequence[int]) -> None:
         if self._kv is None:
-            kind = JointKeyValues if self._decoder.kv_sizes.joint else KeyValues
-            self._kv = kind(self._decoder, rows, capacity)
-        else:
-            self._kv.resize(max(rows, self._kv.rows), max(capacity, self._kv.capacity))
+            self._kv = self._new()
+        self._kv.fit(lengths)
 
     def growth(self, count: int) -> int:
         """Bytes that `draft` of so many tokens would take on top of what there is."""
-        return self._growth(max((seat.row.length for seat in self._seats.values()), default=0), more=0, count=count)
+        return self._growth([], count=count)
 
-    def _growth(self, length: int, *, more: int = 1, count: int = MOST) -> int:
-        longest = max([length, *(seat.row.length for seat in self._seats.values())]) + LAG + count
+    def _growth(self, more: Sequence[int], *, count: int = MOST) -> int:
+        """The same with rows of such lengths more."""
+        lengths = [length + LAG + count for length in (*(seat.row.length for seat in self._seats.values()), *more)]
+        if not lengths:
+            return 0
         kv = self._kv
-        rows, capacity = self._shape(len(self._seats) + more, longest)
-        if kv is None:
-            return self._bytes(rows, capacity)
-        return self._bytes(max(rows, kv.rows), max(capacity, kv.capacity)) - kv.nbytes
+        return self._empty.bytes_of(lengths) if kv is None else max(0, kv.bytes_of(lengths) - kv.nbytes)
 
-    def _bytes(self, rows: int, capacity: int) -> int:
-        return rows * capacity * self._decoder.kv_sizes.token_bytes
-
-    def _kv_length(self, end: int) -> int:
-        assert self._kv is not None
-        if isinstance(self._kv, JointKeyValues):
-            return self._kv.capacity
-        if self._step.decode_buckets:
-            return min(bucket(end, SMALLEST_KV_LENGTH), self._kv.capacity)
-        return min(-(-end // KV_LENGTH_STEP) * KV_LENGTH_STEP, self._kv.capacity)
+    def _bytes(self, capacity: int) -> int:
+        """Of a row that is being read."""
+        return capacity * self._decoder.kv_sizes.token_bytes

@@ -142,6 +142,8 @@ class LayerCache(Protocol):
 
 #: The KV length, how much of the storage a pass reads, comes in sizes from this on.
 SMALLEST_KV_LENGTH = 256
+#: Without compiling, any size is as good as another: a multiple of this is read.
+KV_LENGTH_STEP = 64
 
 
 def shape_for(lengths: Sequence[int]) -> tuple[int, int]:
@@ -207,6 +209,15 @@ class KeyValues:
         if not self.has_room(lengths):
             rows, capacity = shape_for(lengths)
             self.resize(max(rows, self.rows), max(capacity, self.capacity))
+
+    def padded(self, rows: int) -> int:
+        """In how many rows a pass over so many comes, where it comes in buckets."""
+        return min(bucket(rows), self.rows)
+
+    def read_length(self, length: int, tokens: int, *, bucketed: bool) -> int:
+        """How many positions a pass over `tokens` of each row reads, the longest of which has `length` then."""
+        read = bucket(length, SMALLEST_KV_LENGTH) if bucketed else -(-length // KV_LENGTH_STEP) * KV_LENGTH_STEP
+        return min(read, self.capacity)
 
     def shrink(self, lengths: Sequence[int]) -> None:
         """Give back what rows of such lengths do not need."""

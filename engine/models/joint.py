@@ -19,12 +19,12 @@ import numpy as np
 
 from engine.models.attention import Mask
 from engine.models.buckets import bucket
-from engine.models.cache import HoldsKeyValues, KeyValues, KvSide, LayerCache, Stored
+from engine.models.cache import SMALLEST_KV_LENGTH, HoldsKeyValues, KeyValues, KvSide, LayerCache, Stored
 from engine.models.layers import RowAdapters
 from kernels.attend import AttendAdapters
 
-#: Positions of a row at least; and those that rows have which pad a batch: more than a pass has tokens of each.
-SMALLEST, PADDING = 128, 16
+#: Positions of a row at least; and those that are nobody's.
+SMALLEST, PADDING = 128, 1
 #: Layers of one array. More make fewer launches; but while an array grows, it is there twice.
 LAYERS_TOGETHER = 6
 
@@ -59,8 +59,8 @@ class JointKeyValues:
     """Keys and values of every layer: arrays (heads, positions, width) of some layers each, and `fresh`.
 
     A layer has its heads of keys, then those of values. A row has a segment of the positions, as long as it needs: no
-    row pays for the length of another, and one that changes its slot stays where it lies. The first `PADDING` positions
-    are nobody's: the tokens of rows that pad a batch are written there. `fresh`: what the last pass made of its rows,
+    row pays for the length of another, and one that changes its slot stays where it lies. Position 0 is nobody's: the
+    tokens of rows that pad a batch are written there. `fresh`: what the last pass made of its rows,
     (rows, heads, width) for each array, which is written at `_positions` by the next pass, or before anything else is
     done here.
     """
@@ -168,6 +168,15 @@ class JointKeyValues:
             mx.eval(made)
             self.arrays[index] = made
 
+    def padded(self, rows: int) -> int:
+        """In how many rows a pass over so many comes, where it comes in buckets."""
+        return bucket(rows)
+
+    def read_length(self, length: int, tokens: int, *, bucketed: bool) -> int:
+        """How many positions a pass over `tokens` of each row reads, the longest of which has `length` then. One
+        token's kernel reads what each row has."""
+        return bucket(length, SMALLEST_KV_LENGTH) if tokens > 1 else 1
+
     def shrink(self, lengths: Sequence[int]) -> None:
         """Give back what rows of such lengths do not need."""
         self.clear_pending()
@@ -190,7 +199,7 @@ class JointKeyValues:
         starts = np.zeros(len(offset), dtype=np.int32)
         own = self._segments[: len(offset) if rows is None else rows]
         starts[: len(own)] = [segment.start for segment in own]
-        now = mx.array((starts + offset).astype(np.uint32))
+        now = mx.array(np.where(starts, starts + offset, 0).astype(np.uint32))
         positions, self._positions = self._positions, now
         return JointPlaces(now if positions is None else positions, mx.array(starts))
 
@@ -233,7 +242,7 @@ class JointKeyValues:
 def _sizes(lengths: Sequence[int]) -> tuple[list[int], int]:
     """How many positions rows of such lengths have each, and an array that holds them."""
     each = [bucket(length, SMALLEST) for length in lengths]
-    return each, bucket(PADDING + sum(each))
+    return each, PADDING + bucket(sum(each))
 
 
 def _write(array: mx.array, fresh: mx.array, positions: mx.array) -> None:
@@ -293,8 +302,7 @@ class JointView:
 
 
 class JointRun:
-    """A `LayerCache` over `JointKeyValues` for one pass of several new tokens a row, `PADDING` at most, which it writes
-    itself.
+    """A `LayerCache` over `JointKeyValues` for one pass of several new tokens a row, which it writes itself.
 
     `places` and `side` as in `JointView`; the new tokens are at `offset` and after it. `mask`: which of `kv_length`
     positions each of them sees.
@@ -316,7 +324,9 @@ class JointRun:
         self._side, self._together = side, self.arrays[0].shape[0] // (2 * side.heads)
         # Made once a pass: each layer would launch the same arithmetic. Unsigned and of the full shape, as in `_write`.
         _, self._heads, token = np.indices((offset.shape[0], side.heads, tokens), dtype=np.uint32)
-        self._written_at = (places.starts + offset).astype(mx.uint32)[:, None, None] + mx.array(token)
+        begin = places.starts[:, None, None]
+        written = begin + offset[:, None, None] + mx.array(token.astype(np.int32))
+        self._written_at = mx.where(begin > 0, written, 0).astype(mx.uint32)
         # A short row's last positions may be beyond the array: they are masked.
         read = places.starts[:, None] + mx.array(np.arange(kv_length, dtype=np.int32))
         self._read = mx.minimum(read, self.arrays[0].shape[1] - 1).astype(mx.uint32)[:, None]
