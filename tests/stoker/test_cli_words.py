@@ -130,7 +130,7 @@ def test_an_adapter_whose_folder_cannot_be_deleted_has_left_the_registry(
     client: FakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = load_settings().adapters / LLM / "style"
-    folder.mkdir(parents=True)
+    (folder / "1").mkdir(parents=True)
 
     def refuse(path: Path) -> None:
         raise OSError(30, "Read-only file system")
