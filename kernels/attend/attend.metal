@@ -133,9 +133,10 @@ top_sum[0] = has_new ? dot : -3e38f;
 top_sum[1] = has_new ? 1.0f : 0.0f;
 for (int d = 0; d < PACK; d++) sum_v[d] = has_new ? value[d] : 0.0f;
 const uint positions = uint(stored_shape[1]);
-const uint end = metal::min(uint(offset[row]), positions - uint(segment[row]));
+const uint end = metal::min(uint(offset[row]), positions);
+const uint first = metal::min(uint(segment[row]), positions - end);
 const uint begin = WINDOW > 0 && end + 1 > uint(WINDOW) ? end + 1 - uint(WINDOW) : 0u;
-const size_t keys_start = (size_t(before + kv_head) * positions + uint(segment[row])) * WIDTH;
+const size_t keys_start = (size_t(before + kv_head) * positions + first) * WIDTH;
 const size_t values_start = keys_start + size_t(KV_HEADS) * positions * WIDTH;
 for (uint batch = begin + split * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
   attend_to_stored<Form, LANES, PACK, WIDTH, DEPTH>(query, stored + keys_start, stored + values_start, batch, end, top_sum, sum_v, lane);

@@ -303,11 +303,12 @@ def test_a_recurrent_model_reads_prompts_of_one_length_together_without_padding(
 def test_rows_that_end_with_the_same_pass_move_no_others(uncompiled: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """A move is a copy of all keys and values."""
     moves: list[tuple[int, int]] = []
-    monkeypatch.setattr(KeyValues, "move", lambda _, row, source, length: moves.append((row, source)))
+    monkeypatch.setattr(KeyValues, "leave", lambda _, row, last, length: moves.append((row, last)))
     for number in range(8):
         uncompiled.send(request(prompt(5, number), max_tokens=6))
     uncompiled.run()
-    assert not moves
+    assert len(moves) == 8
+    assert all(row == last for row, last in moves)
 
 
 # --- prompts and rows that decode take turns ---
