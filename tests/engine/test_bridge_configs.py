@@ -383,3 +383,65 @@ def test_experts_of_a_jamba_count_by_their_share_of_all_experts() -> None:
         assert shares.max() < 0.99
         wanted = np.array(plain.__call__(mixture, x)) * shares[..., None]
         np.testing.assert_allclose(np.array(mixture(x)), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("bailing_hybrid", {"group_norm_size": 0}, "group_norm_size = 0: a whole number from 1"),
+        ("bailing_moe_linear", {"group_norm_size": -1}, "group_norm_size = -1"),
+        ("dots1", {"n_group": 0}, "n_group = 0"),
+        ("longcat_flash", {"n_routed_experts": 0}, "n_routed_experts = 0"),
+        ("bailing_moe", {"num_experts_per_tok": True}, "num_experts_per_tok = True: a whole number is needed"),
+        ("llama", {"num_hidden_layers": 1 << 40}, "num_hidden_layers = 1099511627776"),
+        ("nanbeige", {"num_loops": 10**9}, "num_loops = 1000000000"),
+    ],
+)  # fmt: skip
+def test_a_number_that_mlx_would_divide_by_or_count_to_for_ever_is_refused(
+    name: str, fields: dict[str, Any], said: str
+) -> None:
+    """MLX raises nothing there: the worker's process ended, or never did."""
+    with pytest.raises(ModelError, match=said):
+        weights.network_of(described(name, **fields), name)
+
+
+@pytest.mark.parametrize("place", [-1, 3])
+def test_a_place_beyond_its_list_is_refused(place: int) -> None:
+    text = {**config("gemma3n")["text_config"], "altup_active_idx": place}
+    with pytest.raises(ModelError, match=f"altup_active_idx = {place}: a whole number from 0 to 2 is needed"):
+        weights.network_of(described("gemma3n", text_config=text), "gemma3n")
+
+
+def test_a_text_model_of_no_type_is_refused() -> None:
+    with pytest.raises(ModelError, match="text_config: model_type = "):
+        weights.network_of(described("gemma3n", text_config={"model_type": ["gemma3n"]}), "gemma3n")
+
+
+@pytest.mark.parametrize("size", [0, -32, 1.5, math.inf])
+def test_a_layer_whose_codes_are_in_groups_of_none_is_refused(tmp_path: Path, size: float) -> None:
+    folder = tmp_path / "phi3"
+    write_folder(folder, "phi3", bits=4)
+    said = read_config(folder)
+    path = next(name for name, _ in package_layers(folder))
+    said["quantization"] = {**said["quantization"], path: {"group_size": size, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match="group_size"):
+        load("m", [str(folder)])
+
+
+def package_layers(folder: Path) -> list[tuple[str, Any]]:
+    """Layers of a folder that have codes, by their paths."""
+    arrays = mx.load(str(next(folder.glob("*.safetensors"))))
+    assert isinstance(arrays, dict)
+    return [(name.removesuffix(".scales"), array) for name, array in arrays.items() if name.endswith(".scales")]
+
+
+def test_caches_that_a_file_cannot_make_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_folder(tmp_path / "phi3", "phi3")
+
+    def none(self: object) -> list[Any]:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(package.load("phi3").Model, "make_cache", none, raising=False)
+    with pytest.raises(ModelError, match="cannot make its caches of it"):
+        load("m", [str(tmp_path / "phi3")])

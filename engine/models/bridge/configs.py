@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.models.allowed import MISTRAL_WINDOW
-from engine.models.bridge import package
+from engine.models.bridge import counts, package
 from engine.models.bridge.spelling import PARTS, read_names
 from engine.models.fields import Fields
 from stoker.errors import ModelError
@@ -70,9 +70,13 @@ class BridgeArgs:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part that says what the language model is: of a model that also sees, `text_config`."""
+    """The part that says what the language model is: of a model that also sees, `text_config`. Raises `ModelError`."""
     inner = config.get("text_config")
-    return {**config, **inner} if isinstance(inner, Mapping) else config
+    if not isinstance(inner, Mapping):
+        return config
+    if not isinstance(inner.get("model_type"), str | type(None)):
+        raise ModelError(f"config.json: text_config: model_type = {inner['model_type']!r}: a text is needed")
+    return {**config, **inner}
 
 
 def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
@@ -88,6 +92,7 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
             "config.json: use_bidirectional_attention = True is not supported for a model that generates: such a one "
             "embeds, by its modules.json, which is missing"
         )
+    counts.check(text, file, args_class)
     known = read_names(file, (each.name for each in fields(args_class)))
     nested = "text_config" in known
     for name, computed in _FIXED.get(file, {}).items():

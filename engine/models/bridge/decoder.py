@@ -51,8 +51,7 @@ class BridgedDecoder:
         self._network, self.shard = network, None if shard is None else shard.by_layers()
         if shard is None:
             weights.evaluate(network, pause)
-        caches = network.make_cache() if hasattr(network, "make_cache") else _default_caches(network)
-        self._slots = slots.shapes_of(caches)
+        self._slots = slots.shapes_of(_caches(network))
         # Some files take the mask of the first full layer from its cache, also where there is none.
         self._slots += [slots.SlotShape(0)] * (min(_first_full(network), _MOST) - len(self._slots))
         self._pass = linears.Pass()
@@ -238,9 +237,16 @@ def _first_full(network: nn.Module) -> int:
     return max((count for count in stated if type(count) is int), default=0)
 
 
-def _default_caches(network: nn.Module) -> list[Any]:
-    """As mlx-lm's `make_prompt_cache`: keys and values for each layer."""
-    return [package.load("cache").KVCache() for _ in network.layers]
+def _caches(network: nn.Module) -> list[Any]:
+    """As mlx-lm's `make_prompt_cache`: the network's own, or keys and values for each layer. Raises `ModelError`."""
+    if not hasattr(network, "make_cache"):
+        return [package.load("cache").KVCache() for _ in network.layers]
+    try:
+        return list(network.make_cache())
+    except Exception as error:
+        raise ModelError(
+            f"config.json: mlx-lm's file cannot make its caches of it ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _computed_in(sizes: KvSizes, logits: mx.array) -> mx.Dtype:

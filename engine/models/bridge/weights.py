@@ -202,7 +202,7 @@ def _take_codes(config: Mapping[str, Any], network: nn.Module, weights: Mapping[
     def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
         own = section.get(path)
         if isinstance(own, Mapping):
-            return dict(own)
+            return _checked(own, path)
         if own is False or not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
             return False
         return _form(path, module, weights)
@@ -212,8 +212,18 @@ def _take_codes(config: Mapping[str, Any], network: nn.Module, weights: Mapping[
             network, int(section["group_size"]), int(section["bits"]), mode=section.get("mode", "affine"),
             class_predicate=form,
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ModelError(f"config.json: quantization: {error}") from error
+
+
+def _checked(own: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The form of one layer's codes. MLX divides by the size of a group, also by 0."""
+    size = own.get("group_size", 1)
+    if type(size) is not int or size < 1:
+        raise ModelError(
+            f"config.json: quantization: {path}: group_size = {size!r}: a whole number of at least 1 is needed"
+        )
+    return dict(own)
 
 
 def _section(config: Mapping[str, Any]) -> dict[str, Any] | None:
