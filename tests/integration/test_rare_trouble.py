@@ -58,7 +58,11 @@ def test_a_stream_goes_on_when_a_replica_takes_the_brokers_place(tmp_path: Path)
                 stream = job.stream(timeout=60)
                 heard = [next(stream) for _ in range(3)]
                 # Replication is behind by what is under way: the promise holds for what the replica has.
-                assert client.redis.wait(1, 5000) == 1
+                # WAIT speaks of its own connection's writes, so one goes before it on the same connection.
+                both = client.redis.pipeline(transaction=False)
+                both.set("replicated-up-to", 1)
+                both.execute_command("WAIT", 1, 20_000)
+                assert both.execute() == [True, 1]
                 primary.kill()
                 spare.replicaof("NO", "ONE")
                 proxy.target = replica.port
