@@ -299,6 +299,7 @@ def test_every_field_that_may_ask_for_nothing_is_looked_at() -> None:
         (b"[" * 100_000, "the body cannot be read as JSON"),
         (b"\xff", "the body cannot be read as JSON"),
         (b'{"model": "\\ud800"}', "the body cannot be read as JSON"),
+        (b'{"model": "\\uDFFF"}', "the body cannot be read as JSON"),
         (b'{"model": "\xed\xa0\x80"}', "the body cannot be read as JSON"),
         ('{"model": "\\ud800"}'.encode("utf-16"), "the body cannot be read as JSON"),
         (b"[1]", "the body is [1]; expected a JSON object."),
