@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
+
+import numpy as np
 
 from engine.generation.draws import Draw, Pick, Uniforms, penalised
 from engine.generation.guess import Guess
@@ -92,6 +95,11 @@ class Generation:
         for row in self.rows:
             row.resume([token for token in published if token.completion == row.number])
         self.published = len(published)
+
+    @cached_property
+    def prompt_ids(self) -> np.ndarray:
+        """The prompt, int32: one array, however many rows begin with it."""
+        return np.array(self.prompt, dtype=np.int32)
 
     @property
     def open_rows(self) -> list[Row]:
