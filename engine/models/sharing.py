@@ -34,7 +34,8 @@ class Opening(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A row that is to come: how many positions it needs, and what it begins with, where others may share that.
+    """A row that is to come: how many positions it needs, its newest token's among them, and what those before that
+    begin with, where others may share it.
 
     `others`: rows that are certain to begin with all of it too, as the other completions of its job."""
 
@@ -67,17 +68,17 @@ def share(span: Span, kept: Sequence[Kept]) -> Share | None:
     opening = span.opening
     if opening is None:
         return None
-    most = min(len(opening.tokens), span.length - 1)
+    most = len(opening.tokens)
     run, row, wanted, size, last = Share(-1, 0), Share(-1, 0), 0, 0, None
     for index, one in enumerate(kept):
         if one.opening is None:
             continue
-        whole = min(most, opening.common(one.opening))
+        whole = opening.common(one.opening)
         wanted = max(wanted, whole)
         if one.run is None:
             row = Share(index, whole) if whole > row.length else row
         elif one.run is not last:
-            last, length = one.run, min(most, opening.common(one.run))
+            last, length = one.run, opening.common(one.run)
             # Of runs as good the shortest: a longer one is there only as long as a row has all of it.
             if length > run.length or (length == run.length and len(last.tokens) < size):
                 run, size = Share(index, length), len(last.tokens)

@@ -22,9 +22,10 @@ from engine.models.cache import KeyValues
 from engine.models.joint import PADDING, SMALLEST, JointKeyValues
 from engine.models.llama import Llama
 from engine.models.sharing import FEWEST, Kept, Opening, Share, Span, own_lengths, share
+from engine.ticket import Ticket
 from kernels import backend
 from kernels.emulator import build
-from stoker.contract import GenerateRequest
+from stoker.contract import GenerateRequest, GenerateResult
 from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.test_drafts import check as check_drafts
@@ -84,7 +85,6 @@ def test_a_row_shares_the_longest_run_and_of_those_as_good_the_shortest() -> Non
     assert share(asked(opening((1, 200), (2, 250), (3, 9))), kept) == Share(0, 450)
     assert share(asked(opening((4, 500))), kept) is None
     assert share(Span(600), kept) is None
-    assert share(Span(150, system), kept) == Share(1, 149), "its newest token has no keys yet"
 
 
 def test_a_row_begins_a_run_only_where_it_is_plainly_longer_than_one_that_is_there() -> None:
@@ -403,6 +403,17 @@ def test_completions_have_slots_at_once_where_memory_holds_their_prompt_once(
     assert most[0] == 8
     assert most[1] < 5
     assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("joint")
+def test_of_a_prompt_on_its_way_what_is_there_alone_counts_as_shared(model: LoadedModel, pool: AdapterPool) -> None:
+    driver = Driver(model, pool)
+    ticket: Ticket[GenerateResult] = Ticket("job", "generate")
+    (row,) = driver.lane.prepare(ticket, request([7] * 600, max_tokens=1), None).rows
+    span = driver.lane.batch.span(row, 201)
+    assert span.opening is not None
+    assert span.opening.tokens.tolist() == [7] * 200
+    assert driver.lane.batch.span(row, 601).opening == Opening(0, row.generation.prompt_ids)
 
 
 @pytest.mark.usefixtures("joint")
