@@ -18,7 +18,7 @@ from engine.generation.step import Step
 from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues
-from engine.models.sharing import Opening, Span
+from engine.models.openings import Span
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class Batch:
     def span(self, row: Row, length: int) -> Span:
         """What a row needs that is to come with `length` tokens. Rows share what their prompts begin with, seen with
         the same row of the adapter stack: while a row has that, it is no other adapter's."""
-        adapter, ids = _adapter(row) if self._model.kv_sizes.joint else None, row.generation.prompt_ids
+        adapter = _adapter(row) if self._model.kv_sizes.joint else None
         if adapter is None:
             return Span(length)
         # Of a prompt on its way others could share what is there of it alone.
-        return Span(length, Opening(adapter, ids if length > len(ids) else ids[: length - 1]), row.request.n - 1)
+        return Span(length, row.generation.opening(adapter).cut(length - 1), row.request.n - 1)
 
     def growth(self, more: Sequence[Span] = ()) -> int:
         """Bytes that its storage would take on top of what it has, with each row a token longer, and these rows

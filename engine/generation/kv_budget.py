@@ -9,7 +9,7 @@ from engine.generation.draft_model import DraftModel
 from engine.generation.row import Row
 from engine.models.cache import bytes_per_token
 from engine.models.decoder import Decoder
-from engine.models.sharing import Span
+from engine.models.openings import Span
 from engine.prefixes.memory import PrefixCache
 
 

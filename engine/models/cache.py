@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.models.attention import Mask
 from engine.models.buckets import bucket
-from engine.models.sharing import Span
+from engine.models.openings import Span
 from engine.platform.compiler import on_cpu
 from kernels import packed_kv
 from kernels.pack_kv import pack_kv

@@ -1,7 +1,7 @@
 """Keys and values of rows that decode, several layers in one array, for the kernel that attends from projections on.
 
 A row has as many positions as it needs, wherever they are free: in one rectangle a long row would make all as long.
-Rows that begin alike have the positions of that once (`engine.models.sharing`).
+Rows that begin alike have the positions of that once (`engine.models.openings`).
 
 A token's keys and values are written by the pass after the one that made them: the kernel has them in its registers
 anyway, and gives those of one layer on to the next, so that a few launches a step write the tokens of all layers.
@@ -21,7 +21,7 @@ from engine.models.attention import Mask
 from engine.models.buckets import bucket
 from engine.models.cache import SMALLEST_KV_LENGTH, HoldsKeyValues, KeyValues, KvSide, LayerCache, Stored
 from engine.models.layers import RowAdapters
-from engine.models.sharing import FEWEST, Kept, Opening, Share, Span, own_lengths, share
+from engine.models.openings import FEWEST, Kept, Opening, Share, Span, own_lengths, share
 from kernels.attend import AttendAdapters
 
 #: Positions of its own that a row has at least; and those that are nobody's.
@@ -181,7 +181,7 @@ class JointKeyValues:
 
     @property
     def _taken(self) -> list[tuple[int, int]]:
-        """Where positions are somebody's: from, and up to."""
+        """Where positions are taken: from, and up to."""
         owned: list[Segment | Run] = [*self._segments, *self._runs]
         return sorted((each.start, each.start + each.size) for each in owned)
 
@@ -274,8 +274,9 @@ class JointKeyValues:
             shapes = [(len(offset), array.shape[0], array.shape[2]) for array in self.arrays]
             self._fresh = [mx.zeros(shape, self._side.kept_as) for shape in shapes]
         segments = np.zeros((len(offset), 3), dtype=np.int32)
-        for row, one in enumerate(self._segments[: len(offset) if rows is None else rows]):
-            segments[row] = 0 if one.run is None else one.run.start, one.shared, one.start
+        held = self._segments[: len(offset) if rows is None else rows]
+        if held:
+            segments[: len(held)] = [(one.run.start if one.run else 0, one.shared, one.start) for one in held]
         _, shared, own = segments.T
         now = mx.array(np.where(own, own + offset - shared, 0).astype(np.uint32))
         positions, self._positions = self._positions, now
@@ -301,8 +302,7 @@ class JointKeyValues:
         if giver.run is not None:
             return giver.run
         assert giver.opening is not None
-        opening = giver.opening._replace(tokens=giver.opening.tokens[: found.length])
-        run, shared = Run(opening, giver.start), found.length
+        run, shared = Run(giver.opening.cut(found.length), giver.start), found.length
         self._segments[found.row] = giver._replace(
             start=giver.start + shared, size=giver.size - shared, shared=shared, run=run
         )
@@ -329,8 +329,7 @@ class JointKeyValues:
         """Let go of the positions of runs that no row has any more."""
         for run in self._runs:
             longest = max(one.shared for one in self._segments if one.run is run)
-            if longest < run.size:
-                run.opening = run.opening._replace(tokens=run.opening.tokens[:longest])
+            run.opening = run.opening.cut(longest)
 
     def swap(self, row: int, other: int, length: int) -> None:
         """Let two rows change slots: they stay where they lie."""

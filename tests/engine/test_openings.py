@@ -16,12 +16,12 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.row import Row
-from engine.models import sharing
+from engine.models import openings
 from engine.models.buckets import bucket
 from engine.models.cache import KeyValues
 from engine.models.joint import PADDING, SMALLEST, JointKeyValues
 from engine.models.llama import Llama
-from engine.models.sharing import FEWEST, Kept, Opening, Share, Span, own_lengths, share
+from engine.models.openings import FEWEST, Kept, Opening, Share, Span, own_lengths, share
 from engine.ticket import Ticket
 from kernels import backend
 from kernels.emulator import build
@@ -73,9 +73,10 @@ def asked(which: Opening, others: int = 0) -> Span:
 def test_rows_have_in_common_what_they_begin_with_where_that_is_long_and_of_one_adapter(
     length: int, other: int, common: int
 ) -> None:
-    first, second = (opening((7, length), (token, 50), owner=1) for token in (8, 9))
-    assert first.common(second._replace(owner=other)) == common
-    assert first.common(first) == (length + 50)
+    first, second = (opening((7, length), (token, 50), owner=owner) for token, owner in ((8, 1), (9, other)))
+    assert [first.common(second) for _ in range(2)] == [common] * 2
+    assert first.common(first) == length + 50
+    assert first.common(opening((7, length), owner=1)) == (length if length >= FEWEST else 0)
 
 
 def test_a_row_shares_the_longest_run_and_of_those_as_good_the_shortest() -> None:
@@ -109,7 +110,7 @@ def test_a_row_with_others_that_begin_alike_stays_whole_where_that_takes_less() 
 def test_what_rows_that_are_to_come_share_among_each_other_is_known_before() -> None:
     same, other = opening((1, 200), (2, 30)), opening((1, 200), (3, 40))
     assert own_lengths([asked(same), asked(other), asked(same), Span(7)], []) == [231, 41, 31, 7]
-    assert own_lengths([asked(same), asked(same._replace(owner=2))], []) == [231, 231]
+    assert own_lengths([asked(same), asked(Opening(2, same.tokens))], []) == [231, 231]
 
 
 # --- what storage holds ---
@@ -150,6 +151,15 @@ def test_sixteen_completions_hold_their_prompt_once(tiny_llama: Llama) -> None:
     )
     assert all(holds(kv, row, source, length) for row in (0, 7, 15))
     assert {kv.segment(row).shared for row in range(16)} == {length}
+
+
+def test_thirty_requests_behind_one_system_prompt_need_it_once(tiny_llama: Llama) -> None:
+    """6,000 tokens, and 200 of each."""
+    empty = JointKeyValues(tiny_llama)
+    token = empty.nbytes // PADDING
+    spans = [asked(opening((1, 6000), (2 + row, 200))) for row in range(30)]
+    assert empty.bytes_of([], spans) == (PADDING + 16_384) * token
+    assert empty.bytes_of([], [Span(6201)] * 30) == (PADDING + 262_144) * token
 
 
 def test_requests_behind_one_beginning_hold_it_once_and_the_first_may_leave(tiny_llama: Llama) -> None:
@@ -197,7 +207,7 @@ def test_what_no_row_has_of_a_run_any_more_is_anothers(tiny_llama: Llama) -> Non
 def test_rows_with_other_adapters_share_nothing_with_each_other(tiny_llama: Llama) -> None:
     kv, prompt = JointKeyValues(tiny_llama), opening((1, 300))
     for row, owner in enumerate([0, 1, 2, 1]):
-        come(kv, [301] * row, asked(prompt._replace(owner=owner)), filled(tiny_llama, 300, owner))
+        come(kv, [301] * row, asked(Opening(owner, prompt.tokens)), filled(tiny_llama, 300, owner))
     assert [kv.segment(row).shared for row in range(4)] == [0, 300, 0, 300]
     assert kv.segment(1).run is kv.segment(3).run
     assert all(holds(kv, row, filled(tiny_llama, 300, owner), 300) for row, owner in enumerate([0, 1, 2, 1]))
@@ -286,7 +296,7 @@ def check(kv: JointKeyValues, rows: int) -> None:
 
 @pytest.fixture
 def unshared(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(sharing, "FEWEST", 1 << 30)
+    return lambda: monkeypatch.setattr(openings, "FEWEST", 1 << 30)
 
 
 def answers(driver: Driver, requests: Sequence[GenerateRequest]) -> list[list[tuple[int, ...]]]:
@@ -354,7 +364,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic_of_rows_that_sh
     tiny_llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Short beginnings are shared too here, so that all kinds of requests do so."""
-    monkeypatch.setattr(sharing, "FEWEST", 2)
+    monkeypatch.setattr(openings, "FEWEST", 2)
     model = tiny.loaded(tiny_llama, eos_ids=range(2, 8))
     check_traffic(model, pool_of(model, tmp_path), seed, **MODES[seed % 3])
 
@@ -363,7 +373,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic_of_rows_that_sh
 def test_with_drafts_rows_that_share_get_the_tokens_of_ordinary_decoding(
     tiny_llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "FEWEST", 2)
+    monkeypatch.setattr(openings, "FEWEST", 2)
     model = tiny.loaded(tiny_llama, eos_ids=range(2, 8))
     check_drafts(model, pool_of(model, tmp_path), 2, 0.2)
 
@@ -413,7 +423,7 @@ def test_of_a_prompt_on_its_way_what_is_there_alone_counts_as_shared(model: Load
     span = driver.lane.batch.span(row, 201)
     assert span.opening is not None
     assert span.opening.tokens.tolist() == [7] * 200
-    assert driver.lane.batch.span(row, 601).opening == Opening(0, row.generation.prompt_ids)
+    assert driver.lane.batch.span(row, 601).opening is row.generation.opening(0)
 
 
 @pytest.mark.usefixtures("joint")

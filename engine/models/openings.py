@@ -6,7 +6,9 @@ The keys and values of a token depend on the tokens before it and on the adapter
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -14,23 +16,37 @@ import numpy as np
 FEWEST = 128
 
 
-class Opening(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Opening:
     """What a row begins with: int32 `tokens`, seen with an adapter, `owner`, the row of the adapter stack."""
 
     owner: int
     tokens: np.ndarray
+    #: What `common` has found. It is asked in each step in which rows wait.
+    _known: WeakKeyDictionary[Opening, int] = field(default_factory=WeakKeyDictionary, repr=False)
+
+    def cut(self, length: int) -> Opening:
+        """The first so many tokens of it."""
+        return self if length >= len(self.tokens) else Opening(self.owner, self.tokens[:length])
 
     def common(self, other: Opening) -> int:
         """How many tokens both begin with; 0 where those are too few to be shared."""
         if self.owner != other.owner:
             return 0
-        left, right = self.tokens, other.tokens
-        length = min(len(left), len(right))
-        if left is right or length < FEWEST or not np.array_equal(left[:FEWEST], right[:FEWEST]):
-            return length if left is right and length >= FEWEST else 0
-        different = left[:length] != right[:length]
-        first = int(np.argmax(different))
-        return first if different[first] else length
+        if (known := self._known.get(other)) is None:
+            known = self._known[other] = _common(self.tokens, other.tokens)
+        return known
+
+
+def _common(left: np.ndarray, right: np.ndarray) -> int:
+    if left is right:
+        return len(left)
+    # Most differ here.
+    if not np.array_equal(left[:FEWEST], right[:FEWEST]):
+        return 0
+    length = min(len(left), len(right))
+    different = np.flatnonzero(left[:length] != right[:length])
+    return int(different[0]) if len(different) else length
 
 
 class Span(NamedTuple):
@@ -102,7 +118,6 @@ def _shared(rows: list[Kept], shared: Share) -> Opening:
     giver = rows[shared.row]
     if giver.run is None:
         assert giver.opening is not None
-        run = giver.opening._replace(tokens=giver.opening.tokens[: shared.length])
-        rows[shared.row] = giver = giver._replace(run=run)
+        rows[shared.row] = giver = giver._replace(run=giver.opening.cut(shared.length))
     assert giver.run is not None
     return giver.run
