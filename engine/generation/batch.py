@@ -81,9 +81,9 @@ class Batch:
         lengths = self._lengths()
         return max(0, self._storage.bytes_of(lengths, more) - self.nbytes) if lengths or more else 0
 
-    def bytes_for(self, spans: Sequence[Span]) -> int:
-        """What storage takes that holds such rows and no others."""
-        return self._empty.bytes_of([], spans)
+    def bytes_for(self, staying: Sequence[Row], more: Sequence[Span]) -> int:
+        """What storage takes that holds these rows of it, those that come, and no others."""
+        return self._storage.bytes_of_some([row.slot for row in staying], [row.cached + 1 for row in staying], more)
 
     def fit(self, more: Sequence[Span] = ()) -> None:
         """Have room for a token more of each row, and for these rows more."""

@@ -60,8 +60,9 @@ class KvBudget:
     def could_admit(self, rows: Sequence[Row], staying: Sequence[Row]) -> bool:
         """Whether the batch could take these rows in next to those that stay, were all others gone."""
         spans = [self._batch.span(row, row.length + 1) for row in rows]
-        there = [self._batch.span(row, row.cached + 1) for row in staying]
-        return not staying or self._batch.bytes_for([*there, *spans]) + self._bytes(spans) <= self._limit
+        seated = [row for row in staying if row.slot >= 0]
+        prompts = [self._batch.span(row, row.cached + 1) for row in staying if row.slot < 0]
+        return not staying or self._batch.bytes_for(seated, [*prompts, *spans]) + self._bytes(spans) <= self._limit
 
     def must_shrink(self, joining: Sequence[Row] = ()) -> bool:
         """Whether a row has to leave before the batch can hold a token more of each, and those that are `joining`; if

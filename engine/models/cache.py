@@ -193,9 +193,13 @@ class KeyValues:
     def bytes_of(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> int:
         """What storage takes that holds rows of such lengths and those that come behind them: this one, where they have
         room. In a rectangle rows share nothing."""
-        if self.has_room(lengths := _with(lengths, more)):
+        if self.has_room(_with(lengths, more)):
             return self.nbytes
-        rows, capacity = shape_for(lengths)
+        return self.bytes_of_some(range(len(lengths)), lengths, more)
+
+    def bytes_of_some(self, _: Sequence[int], lengths: Sequence[int], more: Sequence[Span]) -> int:
+        """What storage takes that holds these rows of it, of such lengths, those that come, and no others."""
+        rows, capacity = shape_for(_with(lengths, more))
         return rows * (capacity * self._token + self._state)
 
     def has_room(self, lengths: Sequence[int]) -> bool:

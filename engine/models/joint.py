@@ -134,6 +134,11 @@ class JointKeyValues:
             return self.nbytes
         return self._sizes(lengths, more)[1] * self._token
 
+    def bytes_of_some(self, rows: Sequence[int], lengths: Sequence[int], more: Sequence[Span]) -> int:
+        """What storage takes that holds these rows of it, of such lengths, with what they share now, those that come,
+        and no others."""
+        return _sizes([self._segments[row] for row in rows], lengths, more)[1] * self._token
+
     def has_room(self, lengths: Sequence[int]) -> bool:
         """Whether rows of such lengths are held as they lie."""
         held = self._segments
@@ -159,25 +164,23 @@ class JointKeyValues:
         for row, length in enumerate(lengths):
             if row < len(self._segments) and length <= self._segments[row].room:
                 continue
-            size = bucket(length - self._shared(row), SMALLEST)
+            shared = self._segments[row].shared if row < len(self._segments) else 0
+            size = bucket(length - shared, SMALLEST)
             start = self._gap(size)
             if start is None:
                 return False
             self._place(row, start, size)
         return True
 
-    def _shared(self, row: int) -> int:
-        return self._segments[row].shared if row < len(self._segments) else 0
-
     @property
     def _kept(self) -> list[Kept]:
         """What rows that come may share."""
-        return [Kept(one.opening, None if one.run is None else one.run.opening) for one in self._segments]
+        return _kept(self._segments)
 
     @property
     def _runs(self) -> list[Run]:
         """Those that rows have."""
-        return list({id(one.run): one.run for one in self._segments if one.run is not None}.values())
+        return list(_runs(self._segments))
 
     @property
     def _taken(self) -> list[tuple[int, int]]:
@@ -213,11 +216,8 @@ class JointKeyValues:
         self._segments[row] = old._replace(start=start, size=size)
 
     def _sizes(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> tuple[list[int], int]:
-        """How many positions rows of such lengths have each of their own, and an array that holds them, all that they
-        share, and those that come."""
-        each = [bucket(length - self._shared(row), SMALLEST) for row, length in enumerate(lengths)]
-        coming = sum(bucket(length, SMALLEST) for length in own_lengths(more, self._kept)) if more else 0
-        return each, PADDING + bucket(sum(each) + coming + sum(run.size for run in self._runs))
+        """As `_sizes`, of the rows that are here."""
+        return _sizes(self._segments, lengths, more)
 
     def _lay_out(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> None:
         """Runs, then segments for rows of such lengths, one after the other, and room for those that come, in arrays
@@ -327,8 +327,7 @@ class JointKeyValues:
 
     def _trim(self) -> None:
         """Let go of the positions of runs that no row has any more."""
-        for run in self._runs:
-            longest = max(one.shared for one in self._segments if one.run is run)
+        for run, longest in _runs(self._segments).items():
             run.opening = run.opening.cut(longest)
 
     def swap(self, row: int, other: int, length: int) -> None:
@@ -354,6 +353,28 @@ class JointKeyValues:
             for array, fresh in zip(self.arrays, self._fresh, strict=True):
                 _write(array, fresh, self._positions)
         self._fresh, self._positions = [], None
+
+
+def _kept(segments: Sequence[Segment]) -> list[Kept]:
+    return [Kept(one.opening, None if one.run is None else one.run.opening) for one in segments]
+
+
+def _runs(segments: Sequence[Segment]) -> dict[Run, int]:
+    """Those that rows have, and how much of each at most."""
+    found: dict[Run, int] = {}
+    for one in segments:
+        if one.run is not None:
+            found[one.run] = max(one.shared, found.get(one.run, 0))
+    return found
+
+
+def _sizes(segments: Sequence[Segment], lengths: Sequence[int], more: Sequence[Span]) -> tuple[list[int], int]:
+    """How many positions rows have each of their own, with these segments now and of such lengths, new ones among them;
+    and an array that holds them, all that they share, and those that come."""
+    shared = [one.shared for one in segments] + [0] * (len(lengths) - len(segments))
+    each = [bucket(length - less, SMALLEST) for length, less in zip(lengths, shared, strict=False)]
+    coming = sum(bucket(length, SMALLEST) for length in own_lengths(more, _kept(segments))) if more else 0
+    return each, PADDING + bucket(sum(each) + coming + sum(_runs(segments).values()))
 
 
 def _gap(taken: Sequence[tuple[int, int]], size: int, positions: int) -> int | None:

@@ -204,6 +204,26 @@ def test_what_no_row_has_of_a_run_any_more_is_anothers(tiny_llama: Llama) -> Non
     assert holds(kv, 0, source, 240)
 
 
+def test_what_some_rows_would_take_by_themselves_goes_by_what_they_share_now(tiny_llama: Llama) -> None:
+    """Were it counted as if they came anew, rows would make way for one that has no room all the same."""
+    kv, source, document = JointKeyValues(tiny_llama), filled(tiny_llama, 3200, 1), opening((1, 200), (2, 3000))
+    token, lengths = kv.nbytes // PADDING, list[int]()
+    for span in [asked(which) for which in (document, opening((1, 200), (3, 1)), document, document)]:
+        come(kv, lengths, span, source)
+        lengths.append(span.length)
+    assert [kv.segment(row).shared for row in range(4)] == [200, 200, 3200, 3200]
+
+    def positions(rows: list[int], *more: Span) -> int:
+        return kv.bytes_of_some(rows, [lengths[row] for row in rows], more) // token - PADDING
+
+    assert positions([0, 2]) == bucket(200 + bucket(3001) + 3200 + SMALLEST)
+    assert positions([2], asked(document)) == bucket(3200 + 2 * SMALLEST)
+    assert positions([0, 1], asked(document)) == bucket(200 + bucket(3001) + SMALLEST + bucket(3201))
+    assert JointKeyValues(tiny_llama).bytes_of([], [asked(document)] * 2) // token - PADDING == bucket(
+        bucket(3201) + SMALLEST
+    )
+
+
 def test_rows_with_other_adapters_share_nothing_with_each_other(tiny_llama: Llama) -> None:
     kv, prompt = JointKeyValues(tiny_llama), opening((1, 300))
     for row, owner in enumerate([0, 1, 2, 1]):
@@ -473,5 +493,9 @@ def test_rows_in_a_rectangle_share_nothing(model: LoadedModel, pool: AdapterPool
     driver = Driver(model, pool, slots=4)
     batch: Batch = driver.lane.batch
     span = Span(301, opening((1, 300)), 3)
-    assert batch.bytes_for([span] * 4) == batch.bytes_for([Span(301)] * 4) == KeyValues(model.decoder, 4, 384).nbytes
+    assert (
+        batch.bytes_for([], [span] * 4)
+        == batch.bytes_for([], [Span(301)] * 4)
+        == KeyValues(model.decoder, 4, 384).nbytes
+    )
     answers(driver, [request(SYSTEM, n=4, max_tokens=3)])
