@@ -26,10 +26,9 @@ from engine.ticket import Ticket
 from kernels import backend
 from kernels.emulator import build
 from stoker.contract import GenerateRequest, GenerateResult
-from tests.engine import tiny
+from tests.engine import test_drafts, test_generate_lane, tiny
 from tests.engine.conftest import TINY, RandomTensors
-from tests.engine.test_drafts import check as check_drafts
-from tests.engine.test_generate_lane import MODES, Driver, adapters, check_traffic, request
+from tests.engine.test_generate_lane import MODES, Driver, adapters, check_traffic, random_requests, request
 from tests.engine.test_kv_bits import packing
 from tests.thorough import quick
 
@@ -378,24 +377,45 @@ def test_rows_with_a_window_that_share_get_the_same_tokens(tmp_path: Path, unsha
     assert found == [answers(Driver(model, pool, slots=1), [one])[0] for one in MIXED]
 
 
-@pytest.mark.usefixtures("joint")
-@pytest.mark.parametrize("seed", quick(1, 2, of=range(6)))
+@pytest.fixture
+def eager(joint: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """All random requests begin alike, the first has two completions, and few tokens are shared too; how much each row
+    shared as it came."""
+    monkeypatch.setattr(openings, "FEWEST", 8)
+
+    def alike(seed: int, count: int) -> list[GenerateRequest]:
+        first, *others = random_requests(seed, count)
+        asked = [first.model_copy(update={"n": 2}), *others]
+        return [one.model_copy(update={"prompt": f"{tiny.text(SYSTEM[:30])} {one.prompt}"}) for one in asked]
+
+    for module in (test_generate_lane, test_drafts):
+        monkeypatch.setattr(module, "random_requests", alike)
+    found, plain = list[int](), JointKeyValues.add
+
+    def add(kv: JointKeyValues, row: int, span: Span, source: KeyValues, source_row: int) -> None:
+        plain(kv, row, span, source, source_row)
+        found.append(kv.segment(row).shared)
+
+    monkeypatch.setattr(JointKeyValues, "add", add)
+    return found
+
+
+@pytest.mark.parametrize("seed", quick(1, 2, of=range(5)))
 def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic_of_rows_that_share(
-    tiny_llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    tiny_llama: Llama, tmp_path: Path, eager: list[int], seed: int
 ) -> None:
-    """Short beginnings are shared too here, so that all kinds of requests do so."""
-    monkeypatch.setattr(openings, "FEWEST", 2)
     model = tiny.loaded(tiny_llama, eos_ids=range(2, 8))
     check_traffic(model, pool_of(model, tmp_path), seed, **MODES[seed % 3])
+    assert any(eager)
 
 
-@pytest.mark.usefixtures("joint")
+@pytest.mark.parametrize("seed", quick(2, of=range(4)))
 def test_with_drafts_rows_that_share_get_the_tokens_of_ordinary_decoding(
-    tiny_llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Llama, tmp_path: Path, eager: list[int], seed: int
 ) -> None:
-    monkeypatch.setattr(openings, "FEWEST", 2)
     model = tiny.loaded(tiny_llama, eos_ids=range(2, 8))
-    check_drafts(model, pool_of(model, tmp_path), 2, 0.2)
+    test_drafts.check(model, pool_of(model, tmp_path), seed, 0.2)
+    assert any(eager)
 
 
 @pytest.mark.skipif(not build.available(), reason="the emulator needs g++")
