@@ -79,7 +79,7 @@ def a_step(
     request = GenerateRequest(model="m", prompt="x", **{"temperature": 0.0, **sampling})
     chosen = sampling_batch([Draw(request, 0.5)] * rows, llama.args.vocab)
     places = kv.pending(offset, rows)
-    mx.eval(kv.stored, places.positions, places.starts)
+    mx.eval(kv.stored, places.positions, places.segments)
 
     def run(tokens: mx.array, offset: mx.array) -> list[mx.array]:
         given = ForwardInput(tokens, offset, 256, adapters=adapters, places=places)

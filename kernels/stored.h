@@ -24,8 +24,10 @@ struct Kept<T, 16, DIM, PACK, GROUPED> {
 
 // Take DEPTH batches of keys and values (capacity, WIDTH), from `batch` on and before `end`, into `top_sum`, the greatest score
 // so far and the sum of the weights, and `sum_v` [PACK], the weighted values: each lane's own, of the keys that it has.
+// The first `shared` of them lie from `run` on, the others at their own number + `own`, modulo 2³²: where keys lie changes
+// neither which lane has one nor the order in which they are added up.
 template <typename Form, int LANES, int PACK, int WIDTH, int DEPTH, typename Q, typename K, typename V, typename S, typename W>
-inline_function void attend_to_stored(Q query, K keys, V values, uint batch, uint end, S top_sum, W sum_v, uint lane) {
+inline_function void attend_to_stored(Q query, K keys, V values, uint batch, uint end, uint run, uint shared, uint own, S top_sum, W sum_v, uint lane) {
   constexpr int KEYS = 32 / LANES;
   const uint piece = lane % uint(LANES);
   // Some keys a lane, so that the loads of all are under way together.
@@ -35,8 +37,9 @@ inline_function void attend_to_stored(Q query, K keys, V values, uint batch, uin
   float new_top = top_sum[0];
   for (int n = 0; n < DEPTH; n++) {
     const uint i = metal::min(batch + uint(n) * KEYS + lane / LANES, end - 1);
-    old_key[n] = Form::load(keys + size_t(i) * WIDTH, piece);
-    old_value[n] = Form::load(values + size_t(i) * WIDTH, piece);
+    const size_t at = size_t(i + (i < shared ? run : own)) * WIDTH;
+    old_key[n] = Form::load(keys + at, piece);
+    old_value[n] = Form::load(values + at, piece);
   }
   for (int n = 0; n < DEPTH; n++) {
     float product = 0.0f;

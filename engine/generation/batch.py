@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from engine.adapters.pool import AdapterPool
+from engine.adapters.pool import BASE, AdapterPool
 from engine.generation.draws import Draw, Pick
 from engine.generation.forward_input import ForwardInput
 from engine.generation.row import Row, RowState
@@ -18,6 +18,7 @@ from engine.generation.step import Step
 from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues
+from engine.models.openings import Span
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,34 @@ class Batch:
         """The pass that was launched last, until `read` has read it."""
         return self._in_flight
 
-    def _lengths(self, more: Sequence[int] = ()) -> list[int]:
-        """Of all rows, each with a token more, and of such as come behind them."""
-        return [*(row.cached + 1 for row in self.rows), *more]
+    def _lengths(self) -> list[int]:
+        """Of all rows, each with a token more."""
+        return [row.cached + 1 for row in self.rows]
 
-    def growth(self, more: Sequence[int]) -> int:
-        """Bytes that its storage would take on top of what it has, with each row a token longer, and rows of such
-        lengths more."""
-        lengths = self._lengths(more)
-        return max(0, self._storage.bytes_of(lengths) - self.nbytes) if lengths else 0
+    def span(self, row: Row, length: int) -> Span:
+        """What a row needs that is to come with `length` tokens. Rows share what their prompts begin with, seen with
+        the same row of the adapter stack: while a row has that, it is no other adapter's."""
+        adapter = _adapter(row) if self._model.kv_sizes.joint else None
+        if adapter is None:
+            return Span(length)
+        # Of a prompt on its way others could share what is there of it alone.
+        return Span(length, row.generation.opening(adapter).cut(length - 1), row.request.n - 1)
 
-    def bytes_for(self, lengths: Sequence[int]) -> int:
-        """What storage takes that holds rows of such lengths and no others."""
-        return self._empty.bytes_of(lengths)
+    def growth(self, more: Sequence[Span] = ()) -> int:
+        """Bytes that its storage would take on top of what it has, with each row a token longer, and these rows
+        more."""
+        lengths = self._lengths()
+        return max(0, self._storage.bytes_of(lengths, more) - self.nbytes) if lengths or more else 0
 
-    def fit(self, more: Sequence[int] = ()) -> None:
-        """Have room for a token more of each row, and for rows of such lengths more."""
+    def bytes_for(self, staying: Sequence[Row], more: Sequence[Span]) -> int:
+        """What storage takes that holds these rows of it, those that come, and no others."""
+        return self._storage.bytes_of_some([row.slot for row in staying], [row.cached + 1 for row in staying], more)
+
+    def fit(self, more: Sequence[Span] = ()) -> None:
+        """Have room for a token more of each row, and for these rows more."""
         if self.kv is None:
             self.kv = self._new()
-        self.kv.fit(self._lengths(more))
+        self.kv.fit(self._lengths(), more)
 
     def _new(self) -> KeyValues | JointKeyValues:
         return JointKeyValues(self._model) if self._model.kv_sizes.joint else KeyValues(self._model, 0, 0)
@@ -98,11 +108,12 @@ class Batch:
 
     def join(self, row: Row, source: KeyValues, source_row: int) -> None:
         """Seat a row. `source` holds all its tokens except the newest."""
-        self.fit([row.cached + 1])
+        span = self.span(row, row.cached + 1)
+        self.fit([span])
         assert self.kv is not None
         row.slot, row.state = len(self.rows), RowState.DECODING
         self.rows.append(row)
-        self.kv.put(row.slot, source, source_row, row.cached)
+        self.kv.add(row.slot, span, source, source_row)
 
     def arrange(self) -> None:
         """Have the rows of a better priority in the slots before the others."""
@@ -260,6 +271,13 @@ class Batch:
             return mx.array(known)
         taken = pending.chosen[0][mx.array(np.maximum(source, 0))]
         return mx.where(mx.array(source >= 0), taken, mx.array(known))
+
+
+def _adapter(row: Row) -> int | None:
+    """The index of a row's adapter, which one of its job may have acquired before it; None: none has."""
+    if row.request.adapter is None:
+        return BASE
+    return next((one.adapter for one in (row, *row.generation.rows) if one.adapter >= 0), None)
 
 
 def _taken(draft: Sequence[int], found: Sequence[Pick]) -> list[Pick]:

@@ -9,6 +9,7 @@ from engine.generation.draft_model import DraftModel
 from engine.generation.row import Row
 from engine.models.cache import bytes_per_token
 from engine.models.decoder import Decoder
+from engine.models.openings import Span
 from engine.prefixes.memory import PrefixCache
 
 
@@ -46,27 +47,28 @@ class KvBudget:
 
     def admits(self, rows: Sequence[Row]) -> bool:
         """Whether the batch could take these rows in; then kept prefixes make way."""
-        count, length = len(rows), max(row.length for row in rows) + 1
-        if not self._fits(self._needed(count, length)):
+        spans = [self._batch.span(row, row.length + 1) for row in rows]
+        if not self._fits(self._needed(spans)):
             self._batch.shrink()
-        needed = self._needed(count, length)
+        needed = self._needed(spans)
         # A row that is alone may take more: nobody could make way for it.
-        if (self._batch.rows or self.prefilling or count > 1) and not self._fits(needed):
+        if (self._batch.rows or self.prefilling or len(rows) > 1) and not self._fits(needed):
             return False
         self._evict_for(needed)
         return True
 
     def could_admit(self, rows: Sequence[Row], staying: Sequence[Row]) -> bool:
         """Whether the batch could take these rows in next to those that stay, were all others gone."""
-        length = max(row.length for row in rows) + 1
-        together = self._batch.bytes_for([*(row.cached + 1 for row in staying), *[length] * len(rows)])
-        return not staying or together + self._bytes(len(rows), length) <= self._limit
+        spans = [self._batch.span(row, row.length + 1) for row in rows]
+        seated = [row for row in staying if row.slot >= 0]
+        prompts = [self._batch.span(row, row.cached + 1) for row in staying if row.slot < 0]
+        return not staying or self._batch.bytes_for(seated, [*prompts, *spans]) + self._bytes(spans) <= self._limit
 
-    def must_shrink(self, rows: int, length: int) -> bool:
-        """Whether a row has to leave before the batch can hold `rows` of `length` tokens; if none, kept prefixes make
-        way."""
-        growth = self._batch.growth([length] * (rows - len(self._batch.rows)))
-        if rows > 1 and not self._fits(growth):
+    def must_shrink(self, joining: Sequence[Row] = ()) -> bool:
+        """Whether a row has to leave before the batch can hold a token more of each, and those that are `joining`; if
+        none, kept prefixes make way."""
+        growth = self._batch.growth([self._batch.span(row, row.cached + 1) for row in joining])
+        if len(self._batch.rows) + len(joining) > 1 and not self._fits(growth):
             return True
         self._evict_for(growth)
         return False
@@ -82,8 +84,9 @@ class KvBudget:
         if self._drafts is not None and self.used + more > self._limit:
             self._drafts.give_up()
 
-    def _needed(self, rows: int, length: int) -> int:
-        return self._bytes(rows, length) + self._batch.growth([length] * rows)
+    def _needed(self, spans: Sequence[Span]) -> int:
+        return self._bytes(spans) + self._batch.growth(spans)
 
-    def _bytes(self, rows: int, length: int) -> int:
-        return rows * (length * self._token + self._state)
+    def _bytes(self, spans: Sequence[Span]) -> int:
+        """Of such prompts on their way together, each by itself."""
+        return len(spans) * (max(span.length for span in spans) * self._token + self._state)

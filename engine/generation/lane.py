@@ -289,7 +289,7 @@ class GenerateLane:
             wants_more = self._extend(row, pick, output, prefill)
             if row.finish_reason:
                 self._release(row)
-            elif wants_more and self._seats.make_room(len(self.batch.rows) + 1, row.cached + 1, row):
+            elif wants_more and self._seats.make_room(row):
                 self.batch.join(row, prefill.kv, prefill.kv_row(row))
         self._prompts.count()
         return True
@@ -444,7 +444,7 @@ class GenerateLane:
         if batch.in_flight is not None and not again:
             return True
         while True:
-            self._seats.make_room(len(batch.rows), max((row.cached for row in batch.rows), default=0) + 1)
+            self._seats.make_room()
             try:
                 launched = batch.launch(self._width())
             except RowFault as fault:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
+
 from engine.generation.draws import Draw, Pick, Uniforms, penalised
 from engine.generation.guess import Guess
 from engine.generation.lookup import Lookup, PromptNgrams
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.stopping import StopScanner
 from engine.generation.structured import Grammar
+from engine.models.openings import Opening
 from engine.prefixes.shelf import Fetched
 from engine.text.detokenizer import StreamingDetokenizer
 from engine.text.tokenizer import Tokenizer
@@ -85,6 +88,7 @@ class Generation:
         self.fetched: Fetched | None = None
         #: Tokens that an answer may have at most that begins here.
         self.room = context - len(self.prompt)
+        self._openings: dict[int, Opening] = {}
         self.rows = [Row(self, number) for number in range(request.n)]
 
     def resume(self, published: Sequence[StreamToken]) -> None:
@@ -92,6 +96,12 @@ class Generation:
         for row in self.rows:
             row.resume([token for token in published if token.completion == row.number])
         self.published = len(published)
+
+    def opening(self, adapter: int) -> Opening:
+        """The prompt, seen with a row of the adapter stack: one object for all rows that begin with it."""
+        if adapter not in self._openings:
+            self._openings[adapter] = Opening(adapter, np.array(self.prompt, dtype=np.int32))
+        return self._openings[adapter]
 
     @property
     def open_rows(self) -> list[Row]:

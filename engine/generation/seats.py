@@ -65,11 +65,12 @@ class Seats:
             self._preempt(max(worse, key=claim))
         return bool(worse)
 
-    def make_room(self, rows: int, length: int, joining: Row | None = None) -> bool:
-        """Before the batch grows to `rows` of `length` tokens: of the worst priority, the rows that came last make way.
-        False: the row that is `joining` is worse than all that are there, or came last of them, and had to."""
-        batch, own = self._batch, 1 if joining is None else length
-        while self._budget.must_shrink(rows, length):
+    def make_room(self, joining: Row | None = None) -> bool:
+        """Before the batch grows by a token of each row, and by the row that is `joining`: of the worst priority, the
+        rows that came last make way. False: the row that is `joining` is worse than all that are there, or came last of
+        them, and had to."""
+        batch, more = self._batch, [] if joining is None else [joining]
+        while self._budget.must_shrink(more):
             last = max(batch.rows, key=claim)
             if joining is not None and claim(joining) > claim(last):
                 self._roster.put_back([joining])
@@ -79,17 +80,13 @@ class Seats:
                 self._roster.put_back(prompts)
                 continue
             self._preempt(last)
-            rows = min(rows, len(batch.rows) + (joining is not None))
-            length = max([own, *(row.cached + 1 for row in batch.rows)])
             batch.shrink()
         return True
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """Let the batch grow once for all rows that come, where there is memory; else it grows with each."""
-        count = len(self._batch.rows) + len(rows)
-        length = max((row.cached + 1 for row in rows), default=0)
-        if len(rows) > 1 and not self._budget.must_shrink(count, length):
-            self._batch.fit([row.cached + 1 for row in rows])
+        if len(rows) > 1 and not self._budget.must_shrink(rows):
+            self._batch.fit([self._batch.span(row, row.cached + 1) for row in rows])
 
     def _preempt(self, row: Row) -> None:
         self._batch.leave(row)

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.models.attention import Mask
 from engine.models.buckets import bucket
+from engine.models.openings import Span
 from engine.platform.compiler import on_cpu
 from kernels import packed_kv
 from kernels.pack_kv import pack_kv
@@ -189,11 +190,16 @@ class KeyValues:
     def nbytes(self) -> int:
         return self.rows * (self.capacity * self._token + self._state)
 
-    def bytes_of(self, lengths: Sequence[int]) -> int:
-        """What storage takes that holds rows of such lengths: this one, where they have room."""
-        if self.has_room(lengths):
+    def bytes_of(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> int:
+        """What storage takes that holds rows of such lengths and those that come behind them: this one, where they have
+        room. In a rectangle rows share nothing."""
+        if self.has_room(_with(lengths, more)):
             return self.nbytes
-        rows, capacity = shape_for(lengths)
+        return self.bytes_of_some(range(len(lengths)), lengths, more)
+
+    def bytes_of_some(self, _: Sequence[int], lengths: Sequence[int], more: Sequence[Span]) -> int:
+        """What storage takes that holds these rows of it, of such lengths, those that come, and no others."""
+        rows, capacity = shape_for(_with(lengths, more))
         return rows * (capacity * self._token + self._state)
 
     def has_room(self, lengths: Sequence[int]) -> bool:
@@ -204,9 +210,9 @@ class KeyValues:
         """Positions that each of these rows has behind such a length, at least."""
         return self.capacity - max(lengths, default=0)
 
-    def fit(self, lengths: Sequence[int]) -> None:
-        """Have room for rows of such lengths."""
-        if not self.has_room(lengths):
+    def fit(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> None:
+        """Have room for rows of such lengths and for those that come behind them."""
+        if not self.has_room(lengths := _with(lengths, more)):
             rows, capacity = shape_for(lengths)
             self.resize(max(rows, self.rows), max(capacity, self.capacity))
 
@@ -238,6 +244,11 @@ class KeyValues:
         self.states = [_resized_rows(array, rows) for array in self.states]
         mx.eval(self.states)
         self.rows, self.capacity = rows, capacity
+
+    def add(self, row: int, span: Span, source: KeyValues, source_row: int) -> None:
+        """Let a row come for which `fit` has made room, behind the others: `source` has its positions, except that of
+        its newest token."""
+        self.put(row, source, source_row, span.length - 1)
 
     def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
         """Copy the first `length` positions of a row of another, `source`, to `row`, and its states."""
@@ -293,6 +304,10 @@ class KeyValues:
 def bytes_per_token(model: HoldsKeyValues) -> int:
     """What one token's keys and values take in every layer; a byte at least, for a model that keeps states alone."""
     return max(1, model.kv_sizes.token_bytes)
+
+
+def _with(lengths: Sequence[int], more: Sequence[Span]) -> list[int]:
+    return [*lengths, *(span.length for span in more)]
 
 
 def _column(lengths: list[int], dimensions: int) -> mx.array:

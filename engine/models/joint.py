@@ -1,6 +1,7 @@
 """Keys and values of rows that decode, several layers in one array, for the kernel that attends from projections on.
 
 A row has as many positions as it needs, wherever they are free: in one rectangle a long row would make all as long.
+Rows that begin alike have the positions of that once (`engine.models.openings`).
 
 A token's keys and values are written by the pass after the one that made them: the kernel has them in its registers
 anyway, and gives those of one layer on to the next, so that a few launches a step write the tokens of all layers.
@@ -11,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
@@ -21,10 +21,11 @@ from engine.models.attention import Mask
 from engine.models.buckets import bucket
 from engine.models.cache import SMALLEST_KV_LENGTH, HoldsKeyValues, KeyValues, KvSide, LayerCache, Stored
 from engine.models.layers import RowAdapters
+from engine.models.openings import FEWEST, Kept, Opening, Share, Span, own_lengths, share
 from kernels.attend import AttendAdapters
 
-#: Positions of a row at least; and those that are nobody's.
-SMALLEST, PADDING = 128, 1
+#: Positions of its own that a row has at least; and those that are nobody's.
+SMALLEST, PADDING = FEWEST, 1
 #: Layers of one array. More make fewer launches; but while an array grows, it is there twice.
 LAYERS_TOGETHER = 6
 
@@ -35,34 +36,56 @@ def together(layers: int) -> list[range]:
     return [range(first, min(first + count, layers)) for first in range(0, layers, count)]
 
 
+@dataclass(eq=False)
+class Run:
+    """Positions from `start` on that rows share: the keys and values of `opening`, which nobody writes any more."""
+
+    opening: Opening
+    start: int
+
+    @property
+    def size(self) -> int:
+        return len(self.opening.tokens)
+
+
 class Segment(NamedTuple):
-    """Where a row's positions lie in the arrays: `size` of them from `start` on."""
+    """Where a row's positions lie in the arrays: `size` of its own from `start` on, behind the first `shared` ones,
+    which are those of `run`. `opening`: what others may share of it."""
 
     start: int
     size: int
+    shared: int = 0
+    run: Run | None = None
+    opening: Opening | None = None
 
     @property
     def end(self) -> int:
         return self.start + self.size
 
+    @property
+    def room(self) -> int:
+        """Positions that the row may have."""
+        return self.shared + self.size
+
 
 @dataclass(frozen=True, eq=False)
 class JointPlaces:
-    """Of a pass: where it writes what the one before it made, uint32 (rows,), and where its own rows begin, int32
-    (rows,)."""
+    """Of a pass: where it writes what the one before it made, uint32 (rows,), and where its own rows lie, int32
+    (rows, 3), as in `kernels.attend`."""
 
     positions: mx.array
-    starts: mx.array
+    segments: mx.array
 
 
 class JointKeyValues:
     """Keys and values of every layer: arrays (heads, positions, width) of some layers each, and `fresh`.
 
     A layer has its heads of keys, then those of values. A row has a segment of the positions, as long as it needs: no
-    row pays for the length of another, and one that changes its slot stays where it lies. Position 0 is nobody's: the
-    tokens of rows that pad a batch are written there. `fresh`: what the last pass made of its rows,
-    (rows, heads, width) for each array, which is written at `_positions` by the next pass, or before anything else is
-    done here.
+    row pays for the length of another, and one that changes its slot stays where it lies. Rows that begin with the same
+    tokens, seen with the same adapter, have a run of positions together, which is written once and goes with the last
+    of them. Position 0 is nobody's: the tokens of rows that pad a batch are written there. `fresh`: what the last pass
+    made of its rows, (rows, heads, width) for each array, which is written at `_positions` by the next pass, or before
+    anything else is done here.
     """
 
     def __init__(self, model: HoldsKeyValues) -> None:
@@ -104,67 +127,121 @@ class JointKeyValues:
         """Where a row lies."""
         return self._segments[row]
 
-    def bytes_of(self, lengths: Sequence[int]) -> int:
-        """What storage takes that holds rows of such lengths: this one, where they have room."""
-        return self.nbytes if self.has_room(lengths) else _sizes(lengths)[1] * self._token
+    def bytes_of(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> int:
+        """What storage takes that holds rows of such lengths and those that come behind them: this one, where the rows
+        have room."""
+        if not more and self.has_room(lengths):
+            return self.nbytes
+        return self._sizes(lengths, more)[1] * self._token
+
+    def bytes_of_some(self, rows: Sequence[int], lengths: Sequence[int], more: Sequence[Span]) -> int:
+        """What storage takes that holds these rows of it, of such lengths, with what they share now, those that come,
+        and no others."""
+        return _sizes([self._segments[row] for row in rows], lengths, more)[1] * self._token
 
     def has_room(self, lengths: Sequence[int]) -> bool:
         """Whether rows of such lengths are held as they lie."""
         held = self._segments
-        return len(lengths) <= len(held) and all(n <= one.size for n, one in zip(lengths, held, strict=False))
+        return len(lengths) <= len(held) and all(n <= one.room for n, one in zip(lengths, held, strict=False))
 
     def room(self, lengths: Sequence[int]) -> int:
         """Positions that each of these rows has behind such a length, at least."""
-        return min((one.size - n for n, one in zip(lengths, self._segments, strict=False)), default=0)
+        return min((one.room - n for n, one in zip(lengths, self._segments, strict=False)), default=0)
 
-    def fit(self, lengths: Sequence[int]) -> None:
-        """Have room for rows of such lengths; those that are here keep what they hold."""
-        if self.has_room(lengths):
-            return
-        self.clear_pending()
+    def fit(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> None:
+        """Have room for rows of such lengths, those that are here keep what they hold; and, wherever it may be, for
+        those that come behind them."""
+        if not self.has_room(lengths):
+            self.clear_pending()
+            if not self._grow(lengths):
+                self._lay_out(lengths, more)
+        if more and not self._holds([bucket(length, SMALLEST) for length in own_lengths(more, self._kept)]):
+            self.clear_pending()
+            self._lay_out(lengths, more)
+
+    def _grow(self, lengths: Sequence[int]) -> bool:
+        """Give each row that outgrows its segment another; False where there is no room for one."""
         for row, length in enumerate(lengths):
-            if row < len(self._segments) and length <= self._segments[row].size:
+            if row < len(self._segments) and length <= self._segments[row].room:
                 continue
-            size = bucket(length, SMALLEST)
+            shared = self._segments[row].shared if row < len(self._segments) else 0
+            size = bucket(length - shared, SMALLEST)
             start = self._gap(size)
             if start is None:
-                each, positions = _sizes(lengths)
-                self._lay_out(each, max(positions, self.positions))
-                return
-            self._place(row, Segment(start, size))
+                return False
+            self._place(row, start, size)
+        return True
+
+    @property
+    def _kept(self) -> list[Kept]:
+        """What rows that come may share."""
+        return _kept(self._segments)
+
+    @property
+    def _runs(self) -> list[Run]:
+        """Those that rows have."""
+        return list(_runs(self._segments))
+
+    @property
+    def _taken(self) -> list[tuple[int, int]]:
+        """Where positions are taken: from, and up to."""
+        owned: list[Segment | Run] = [*self._segments, *self._runs]
+        return sorted((each.start, each.start + each.size) for each in owned)
 
     def _gap(self, size: int) -> int | None:
         """Where so many positions are nobody's."""
-        start = PADDING
-        for segment in sorted(self._segments):
-            if segment.start - start >= size:
-                return start
-            start = segment.end
-        return start if self.positions - start >= size else None
+        return _gap(self._taken, size, self.positions)
 
-    def _place(self, row: int, segment: Segment) -> None:
+    def _holds(self, sizes: Sequence[int]) -> bool:
+        """Whether so many positions each are nobody's."""
+        taken = self._taken
+        for size in sizes:
+            start = _gap(taken, size, self.positions)
+            if start is None:
+                return False
+            taken = sorted([*taken, (start, start + size)])
+        return True
+
+    def _place(self, row: int, start: int, size: int) -> None:
         """Give a row a longer segment, with what it holds; or a new row its first."""
         if row == len(self._segments):
-            self._segments.append(segment)
+            self._segments.append(Segment(start, size))
             return
         old = self._segments[row]
         for array in self.arrays:
             # A part that is on its way to another place would keep the array from being written in place.
             kept = mx.contiguous(array[:, old.start : old.end])
             mx.eval(kept)
-            array[:, segment.start : segment.start + old.size] = kept
-        self._segments[row] = segment
+            array[:, start : start + old.size] = kept
+        self._segments[row] = old._replace(start=start, size=size)
 
-    def _lay_out(self, sizes: Sequence[int], positions: int) -> None:
-        """Segments of these sizes, one after the other, in arrays of so many positions; what fits stays. One array at
-        a time, so that old and new never both exist in full."""
-        held, starts = self._segments, accumulate(sizes, initial=PADDING)
-        self._segments = [Segment(start, size) for start, size in zip(starts, sizes, strict=False)]
+    def _sizes(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> tuple[list[int], int]:
+        """As `_sizes`, of the rows that are here."""
+        return _sizes(self._segments, lengths, more)
+
+    def _lay_out(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> None:
+        """Runs, then segments for rows of such lengths, one after the other, and room for those that come, in arrays
+        that are no smaller; what fits stays."""
+        sizes, positions = self._sizes(lengths, more)
+        self._move(sizes, max(positions, self.positions))
+
+    def _move(self, sizes: Sequence[int], positions: int) -> None:
+        """Runs, then segments of these sizes, in arrays of so many positions. One array at a time, so that old and new
+        never both exist in full."""
+        held, start, moves = self._segments, PADDING, list[tuple[int, int, int]]()
+        for run in self._runs:
+            moves.append((run.start, start, run.size))
+            run.start, start = start, start + run.size
+        self._segments = []
+        for row, size in enumerate(sizes):
+            old = held[row] if row < len(held) else Segment(0, 0)
+            moves.append((old.start, start, min(old.size, size)))
+            self._segments.append(old._replace(start=start, size=size))
+            start += size
         for index, layers in enumerate(self._parts):
             made = self._zeros(layers, positions)
-            for old, new in zip(held, self._segments, strict=False):
-                kept = min(old.size, new.size)
-                made[:, new.start : new.start + kept] = self.arrays[index][:, old.start : old.start + kept]
+            for old_start, new_start, size in moves:
+                made[:, new_start : new_start + size] = self.arrays[index][:, old_start : old_start + size]
             mx.eval(made)
             self.arrays[index] = made
 
@@ -180,11 +257,11 @@ class JointKeyValues:
     def shrink(self, lengths: Sequence[int]) -> None:
         """Give back what rows of such lengths do not need."""
         self.clear_pending()
-        sizes, positions = _sizes(lengths)
+        del self._segments[len(lengths) :]
+        self._trim()
+        sizes, positions = self._sizes(lengths)
         if positions < self.positions:
-            self._lay_out(sizes, positions)
-        else:
-            del self._segments[len(lengths) :]
+            self._move(sizes, positions)
 
     def pending(self, offset: np.ndarray, rows: int | None = None) -> JointPlaces:
         """Of a pass over rows at `offset`. `rows`: how many of them are no padding; None: all.
@@ -196,25 +273,62 @@ class JointKeyValues:
             self.clear_pending()
             shapes = [(len(offset), array.shape[0], array.shape[2]) for array in self.arrays]
             self._fresh = [mx.zeros(shape, self._side.kept_as) for shape in shapes]
-        starts = np.zeros(len(offset), dtype=np.int32)
-        own = self._segments[: len(offset) if rows is None else rows]
-        starts[: len(own)] = [segment.start for segment in own]
-        now = mx.array(np.where(starts, starts + offset, 0).astype(np.uint32))
+        segments = np.zeros((len(offset), 3), dtype=np.int32)
+        held = self._segments[: len(offset) if rows is None else rows]
+        if held:
+            segments[: len(held)] = [(one.run.start if one.run else 0, one.shared, one.start) for one in held]
+        _, shared, own = segments.T
+        now = mx.array(np.where(own, own + offset - shared, 0).astype(np.uint32))
         positions, self._positions = self._positions, now
-        return JointPlaces(now if positions is None else positions, mx.array(starts))
+        return JointPlaces(now if positions is None else positions, mx.array(segments))
+
+    def add(self, row: int, span: Span, source: KeyValues, source_row: int) -> None:
+        """Let a row come for which `fit` has made room, behind the others: `source` has its positions, except that of
+        its newest token. Those that others have already are not copied."""
+        assert row == len(self._segments)
+        found = share(span, self._kept)
+        shared = 0 if found is None else found.length
+        size = bucket(span.length - shared, SMALLEST)
+        start = self._gap(size)
+        assert start is not None, "`fit` has made room"
+        self._segments.append(
+            Segment(start, size, shared, None if found is None else self._run_of(found), span.opening)
+        )
+        self.put(row, source, source_row, span.length - 1)
+
+    def _run_of(self, found: Share) -> Run:
+        """The run that a row shares. Of one that shares nothing the beginning becomes one, where it lies."""
+        giver = self._segments[found.row]
+        if giver.run is not None:
+            return giver.run
+        assert giver.opening is not None
+        run, shared = Run(giver.opening.cut(found.length), giver.start), found.length
+        self._segments[found.row] = giver._replace(
+            start=giver.start + shared, size=giver.size - shared, shared=shared, run=run
+        )
+        return run
 
     def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
-        """Copy the first `length` positions of a row of `source` to `row`."""
+        """Copy the first `length` positions of a row of `source` to `row`, except those that it shares."""
         self.clear_pending()
-        start = self._segments[row].start
+        start, first = self._segments[row].start, self._segments[row].shared
+        if length <= first:
+            return
         for array, layers in zip(self.arrays, self._parts, strict=True):
             sides = [side[layer] for layer in layers for side in (source.keys, source.values)]
-            array[:, start : start + length] = mx.concatenate([side[source_row, :, :length] for side in sides], axis=0)
+            own = [side[source_row, :, first:length] for side in sides]
+            array[:, start : start + length - first] = mx.concatenate(own, axis=0)
 
     def leave(self, row: int, last: int, length: int) -> None:
-        """A row goes, and the last one takes its slot: it stays where it lies."""
+        """A row goes, and the last one takes its slot: it stays where it lies. What it alone shared is nobody's."""
         self._segments[row] = self._segments[last]
         del self._segments[last]
+        self._trim()
+
+    def _trim(self) -> None:
+        """Let go of the positions of runs that no row has any more."""
+        for run, longest in _runs(self._segments).items():
+            run.opening = run.opening.cut(longest)
 
     def swap(self, row: int, other: int, length: int) -> None:
         """Let two rows change slots: they stay where they lie."""
@@ -226,8 +340,10 @@ class JointKeyValues:
         and 0 times NaN is NaN."""
         self.clear_pending()
         keep = np.zeros(self.positions, dtype=np.bool_)
+        for run in self._runs:
+            keep[run.start : run.start + run.size] = True
         for segment, length in zip(self._segments, lengths, strict=False):
-            keep[segment.start : segment.start + length] = True
+            keep[segment.start : segment.start + max(0, length - segment.shared)] = True
         kept = mx.array(keep)[None, :, None]
         self.arrays = [mx.where(kept, array, mx.zeros((), array.dtype)) for array in self.arrays]
 
@@ -239,10 +355,36 @@ class JointKeyValues:
         self._fresh, self._positions = [], None
 
 
-def _sizes(lengths: Sequence[int]) -> tuple[list[int], int]:
-    """How many positions rows of such lengths have each, and an array that holds them."""
-    each = [bucket(length, SMALLEST) for length in lengths]
-    return each, PADDING + bucket(sum(each))
+def _kept(segments: Sequence[Segment]) -> list[Kept]:
+    return [Kept(one.opening, None if one.run is None else one.run.opening) for one in segments]
+
+
+def _runs(segments: Sequence[Segment]) -> dict[Run, int]:
+    """Those that rows have, and how much of each at most."""
+    found: dict[Run, int] = {}
+    for one in segments:
+        if one.run is not None:
+            found[one.run] = max(one.shared, found.get(one.run, 0))
+    return found
+
+
+def _sizes(segments: Sequence[Segment], lengths: Sequence[int], more: Sequence[Span]) -> tuple[list[int], int]:
+    """How many positions rows have each of their own, with these segments now and of such lengths, new ones among them;
+    and an array that holds them, all that they share, and those that come."""
+    shared = [one.shared for one in segments] + [0] * (len(lengths) - len(segments))
+    each = [bucket(length - less, SMALLEST) for length, less in zip(lengths, shared, strict=False)]
+    coming = sum(bucket(length, SMALLEST) for length in own_lengths(more, _kept(segments))) if more else 0
+    return each, PADDING + bucket(sum(each) + coming + sum(_runs(segments).values()))
+
+
+def _gap(taken: Sequence[tuple[int, int]], size: int, positions: int) -> int | None:
+    """Where `size` of so many positions lie before, between or behind those that are taken."""
+    start = PADDING
+    for first, end in taken:
+        if first - start >= size:
+            return start
+        start = end
+    return start if positions - start >= size else None
 
 
 def _write(array: mx.array, fresh: mx.array, positions: mx.array) -> None:
@@ -270,7 +412,7 @@ class JointView:
     ) -> None:
         self.arrays, self._fresh = list(stored[0]), list(stored[1])
         self._made: list[mx.array | None] = [None] * len(self.arrays)
-        self.offset, self.starts, self._positions = offset, places.starts, places.positions
+        self.offset, self.segments, self._positions = offset, places.segments, places.positions
         self.bits, self._together = side.bits, self.arrays[0].shape[0] // (2 * side.heads)
         self.adapters, self._first = adapters, first
 
@@ -324,11 +466,13 @@ class JointRun:
         self._side, self._together = side, self.arrays[0].shape[0] // (2 * side.heads)
         # Made once a pass: each layer would launch the same arithmetic. Unsigned and of the full shape, as in `_write`.
         _, self._heads, token = np.indices((offset.shape[0], side.heads, tokens), dtype=np.uint32)
-        begin = places.starts[:, None, None]
-        written = begin + offset[:, None, None] + mx.array(token.astype(np.int32))
-        self._written_at = mx.where(begin > 0, written, 0).astype(mx.uint32)
+        run, shared, own = (places.segments[:, part, None] for part in range(3))
+        # A row that pads has no positions: it writes at the one that is nobody's.
+        written = (own + offset[:, None] - shared)[..., None] + mx.array(token.astype(np.int32))
+        self._written_at = mx.where(own[..., None] > 0, written, 0).astype(mx.uint32)
         # A short row's last positions may be beyond the array: they are masked.
-        read = places.starts[:, None] + mx.array(np.arange(kv_length, dtype=np.int32))
+        position = mx.array(np.arange(kv_length, dtype=np.int32))
+        read = position + mx.where(position < shared, run, own - shared)
         self._read = mx.minimum(read, self.arrays[0].shape[1] - 1).astype(mx.uint32)[:, None]
 
     @property

@@ -133,7 +133,7 @@ class Attention:
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         periods, scale = self.rotate.periods, self.scale
         given = AttendInput(
-            *(q, k, v, stored, made, cache.starts, cache.offset, periods, q_weight, k_weight, starts),
+            *(q, k, v, stored, made, cache.segments, cache.offset, periods, q_weight, k_weight, starts),
             *(args.heads, args.kv_heads, scale, args.norm_eps, args.window, adapters, cache.bits),
         )
         y, made = attend(given)

@@ -25,8 +25,10 @@ class AttendInput(NamedTuple):
 
     `q`, `k`, `v`: (rows, width) each, as the projections make them, from `starts` on; they may be one array.
     `stored`: (heads, positions, width), some layers' keys and values as they are kept: a layer has `kv_heads` of keys,
-    then as many of values. Row i's begin at `start[i]`, and it reads `offset[i]` positions, int32 (rows,) both, with
-    `window` the last window − 1 of them; its new token comes behind them.
+    then as many of values. Row i reads `offset[i]` positions, int32 (rows,), with `window` the last window − 1 of them;
+    its new token comes behind them. `segment[i]`, int32 (rows, 3), says where they lie: where those begin that it
+    shares with other rows, how many it shares, none perhaps, and where those begin that come behind them and are its
+    own. What a row gets is the same, bit for bit, however many it shares.
     `bits`: 16: numbers are kept as they are, width = dim. 8 or 4: packed, uint32 (`kernels.packed_kv`).
     `fresh`: (rows, heads, width), what this gave for the layers before it in `stored`; None for the first.
     `period`: float32 (dim / 2,): the pair i, i + dim / 2 turns by offset / period[i]. `q_weight` and `k_weight` are
@@ -39,7 +41,7 @@ class AttendInput(NamedTuple):
     v: mx.array
     stored: mx.array
     fresh: mx.array | None
-    start: mx.array
+    segment: mx.array
     offset: mx.array
     period: mx.array
     q_weight: mx.array | None

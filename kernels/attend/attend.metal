@@ -8,7 +8,7 @@
 // q, k, v [rows, Q_ROW, K_ROW, V_ROW], each from its START on
 // stored [heads of some layers, positions, WIDTH]: a layer has KV_HEADS of keys, then as many of values
 // fresh [rows, heads of the layers before, WIDTH], absent where FIRST: says which of these layers this is
-// segment [rows]: where a row's positions begin  offset [rows]  period [DIM / 2] float32  q_weight, k_weight [DIM]
+// segment [rows, 3]: where the positions begin that a row shares, how many those are, where its own behind them begin  offset [rows]  period [DIM / 2] float32  q_weight, k_weight [DIM]
 // where ADAPTED (1: q, 2: k, 4: v) x [rows, IN], what was projected, index [rows], and as in `lora` a0, b0, gain0, shift0 of
 // q, 1 of k, 2 of v; GAIN and SHIFT in bits, too
 //   →  y [rows, HEADS · DIM]  made [rows, heads up to this layer, WIDTH]: fresh, the new keys, the new values
@@ -134,11 +134,14 @@ top_sum[1] = has_new ? 1.0f : 0.0f;
 for (int d = 0; d < PACK; d++) sum_v[d] = has_new ? value[d] : 0.0f;
 const uint positions = uint(stored_shape[1]);
 const uint end = metal::min(uint(offset[row]), positions);
-const uint first = metal::min(uint(segment[row]), positions - end);
+const uint shared = metal::min(uint(segment[row * 3 + 1]), end);
+const uint run = metal::min(uint(segment[row * 3]), positions - shared);
+const uint own = metal::min(uint(segment[row * 3 + 2]), positions - (end - shared)) - shared;
 const uint begin = WINDOW > 0 && end + 1 > uint(WINDOW) ? end + 1 - uint(WINDOW) : 0u;
-const size_t keys_start = (size_t(before + kv_head) * positions + first) * WIDTH;
+const size_t keys_start = size_t(before + kv_head) * positions * WIDTH;
 const size_t values_start = keys_start + size_t(KV_HEADS) * positions * WIDTH;
 for (uint batch = begin + split * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
-  attend_to_stored<Form, LANES, PACK, WIDTH, DEPTH>(query, stored + keys_start, stored + values_start, batch, end, top_sum, sum_v, lane);
+  attend_to_stored<Form, LANES, PACK, WIDTH, DEPTH>(
+      query, stored + keys_start, stored + values_start, batch, end, run, shared, own, top_sum, sum_v, lane);
 write_attended<T, DIM, PACK, TOGETHER, SPLITS>(
     top_sum, sum_v, -3e38f, part, part_top, part_sum, y + (size_t(row) * KV_HEADS * GROUP + first_head + head) * DIM, simdgroup, lane);

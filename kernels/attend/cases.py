@@ -32,6 +32,8 @@ class _Shape(NamedTuple):
     rank: int = 8
     dora: bool = False
     bits: int = 16
+    #: Positions that all rows share; a row that has fewer shares those alone.
+    shared: int = 0
 
 
 _SHAPES = (
@@ -53,6 +55,12 @@ _SHAPES = (
     _Shape(1, 8, 1, 128, 300, window=50, joint=False, bits=4),
     _Shape(2, 2, 1, 16, 1, before=2, norm=True, bits=8),
     _Shape(9, 4, 2, 8, 90, adapted="qkv", before=1, bits=4),
+    # The end of what rows share within a batch of keys, before the window, in the middle of it, and in words.
+    _Shape(3, 14, 2, 64, 150, before=1, shared=70),
+    _Shape(2, 8, 1, 128, 300, window=50, shared=128),
+    _Shape(1, 8, 1, 128, 300, window=50, shared=270),
+    _Shape(2, 14, 2, 64, 150, before=1, bits=8, shared=33),
+    _Shape(2, 8, 1, 128, 300, bits=4, shared=290),
 )
 
 
@@ -72,16 +80,16 @@ def _input(shape: _Shape, dtype: mx.Dtype, random: np.random.Generator) -> Atten
         x = normal(random, (*outer, dim), dtype)
         return x if shape.bits == 16 else packed_kv.pack(x, shape.bits)
 
+    # From none stored, by which a row sees its new token alone, to all.
+    offset = np.array([capacity, 0, *random.integers(0, capacity, rows)][:rows])
     return AttendInput(
         q,
         k,
         v,
         stored=kept((before + 2) * 2 * kv_heads, rows * capacity + 3),
         fresh=kept(rows, before * 2 * kv_heads) if before else None,
-        # The first row lies last.
-        start=mx.array(3 + capacity * np.arange(rows)[::-1], mx.int32),
-        # From none stored, by which a row sees its new token alone, to all.
-        offset=mx.array(np.array([capacity, 0, *random.integers(0, capacity, rows)][:rows]), mx.int32),
+        segment=_segments(rows, capacity, offset, shape.shared),
+        offset=mx.array(offset, mx.int32),
         period=_periods(dim),
         q_weight=q_weight,
         k_weight=k_weight,
@@ -93,6 +101,12 @@ def _input(shape: _Shape, dtype: mx.Dtype, random: np.random.Generator) -> Atten
         adapters=_adapters(shape, widths, dtype, random) if shape.adapted else None,
         bits=shape.bits,
     )
+
+
+def _segments(rows: int, capacity: int, offset: np.ndarray, shared: int) -> mx.array:
+    """Of these rows: the first one's own positions lie last, and what all share before those of all."""
+    own = 3 + capacity * np.arange(rows)[::-1]
+    return mx.array(np.stack([np.full(rows, 2), np.minimum(offset, shared), own + shared], axis=1), mx.int32)
 
 
 def _adapters(
@@ -121,7 +135,8 @@ def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
         before, norms = f"{shape.before} layers before" if shape.before else "", "norms" if shape.norm else ""
         adapters = f"{'DoRA' if shape.dora else 'LoRA'} of {shape.adapted}" if shape.adapted else ""
         window = f"window {shape.window}" if shape.window else ""
-        parts = (label, before, norms, adapters, window, f"{shape.bits} bits" if shape.bits < 16 else "")
+        shared = f"{shape.shared} shared" if shape.shared else ""
+        parts = (label, before, norms, adapters, window, f"{shape.bits} bits" if shape.bits < 16 else "", shared)
         yield Case(", ".join(filter(None, parts)), _input(shape, dtype, random))
 
 
@@ -130,13 +145,14 @@ def timings(dtype: mx.Dtype) -> Iterable[Timing]:
     plain = [(rows, capacity, 16) for rows, capacity in ((1, 512), (1, 4096), (32, 512), (32, 2048))]
     for rows, capacity, bits in (*plain, (1, 4096, 8), (32, 512, 8), (1, 4096, 4), (32, 512, 4)):
         whole = on_device((rows, 18 * 64), dtype)
-        stored, start = on_device((4, rows * capacity, 64), dtype), mx.arange(rows, dtype=mx.int32) * capacity
+        stored = on_device((4, rows * capacity, 64), dtype)
+        segment = mx.arange(rows, dtype=mx.int32)[:, None] * mx.array([0, 0, capacity], mx.int32)
         if bits < 16:
             stored = packed_kv.pack(stored, bits)
         offset = mx.array(random.integers(capacity // 2, capacity, rows), mx.int32)
         read = int(np.array(offset).sum()) * 2 * 2 * stored.shape[2] * int(stored.dtype.size)
         arguments = AttendInput(
-            *(whole, whole, whole, stored, None, start, offset, _periods(64), None, None, (0, 14 * 64, 16 * 64)),
+            *(whole, whole, whole, stored, None, segment, offset, _periods(64), None, None, (0, 14 * 64, 16 * 64)),
             *(14, 2, 0.125),
             bits=bits,
         )

@@ -91,10 +91,11 @@ def _attended(given: AttendInput, queries: mx.array, new: mx.array) -> mx.array:
     rows, kv_heads, offset = queries.shape[0], given.kv_heads, given.offset[:, None]
     first = 0 if given.fresh is None else given.fresh.shape[1]
     layer = _numbers(given, given.stored[first : first + 2 * kv_heads])
-    layer = mx.broadcast_to(layer, (rows, *layer.shape))
-    # Of all that is stored, as the row counts it.
-    positions = mx.arange(layer.shape[2])[None] - given.start[:, None]
-    seen = (positions >= 0) & (positions < offset)
+    run, shared, own = (given.segment[:, part, None] for part in range(3))
+    positions = mx.arange(layer.shape[1])[None]
+    lies = mx.where(positions < shared, run + positions, own + positions - shared)
+    layer = layer[:, mx.clip(lies, 0, layer.shape[1] - 1)].swapaxes(0, 1)
+    seen = positions < offset
     if given.window is not None:
         seen = seen & (positions > offset - given.window)
     y = mx.fast.scaled_dot_product_attention(
@@ -152,8 +153,10 @@ def _refuse(given: AttendInput) -> str | None:
     width = given.dim if given.bits == 16 else packed_kv.words_of(given.dim, given.bits)
     if stored.ndim != 3 or first + 2 * given.kv_heads > stored.shape[0] or stored.shape[2] != width:
         return "shapes"
-    if any(each.dtype != mx.int32 or each.shape != (rows,) for each in (given.start, offset)):
-        return "starts or offsets that are not int32 (rows,)"
+    if offset.dtype != mx.int32 or offset.shape != (rows,):
+        return "offsets that are not int32 (rows,)"
+    if given.segment.dtype != mx.int32 or given.segment.shape != (rows, 3):
+        return "segments that are not int32 (rows, 3)"
     if given.period.dtype != mx.float32:
         return f"periods of dtype {given.period.dtype}"
     kept = [array for array in (stored, fresh) if array is not None]
@@ -195,7 +198,7 @@ def _threads(given: AttendInput) -> int:
 
 
 def _launch(given: AttendInput) -> Arrays:
-    q, k, v, stored, fresh, start, offset, period, q_weight, k_weight = given[:10]
+    q, k, v, stored, fresh, segment, offset, period, q_weight, k_weight = given[:10]
     rows, dim, group, width = q.shape[0], given.dim, given.heads // given.kv_heads, stored.shape[2]
     grouped = dim if given.bits == 16 else packed_kv.group_of(dim, given.bits)
     together, threads = _together(given), _threads(given)
@@ -204,7 +207,7 @@ def _launch(given: AttendInput) -> Arrays:
     absent = (stored if fresh is None else fresh, *(period if each is None else each for each in (q_weight, k_weight)))
     adapters, sizes = _adapter_arguments(given, threads)
     return _BODY.launch(
-        (q, k, v, stored, absent[0], start, offset, period, *absent[1:], *adapters),
+        (q, k, v, stored, absent[0], segment, offset, period, *absent[1:], *adapters),
         template=[
             *(
                 ("T", q.dtype),

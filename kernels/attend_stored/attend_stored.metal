@@ -31,6 +31,6 @@ const uint end = metal::min(uint(offset[row]) + 1u, capacity);
 const uint begin = WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u;
 const size_t start = (size_t(row) * KV_HEADS + head / uint(GROUP)) * capacity * WIDTH;
 for (uint batch = begin + simdgroup * KEYS * DEPTH; batch < end; batch += SPLITS * KEYS * DEPTH)
-  attend_to_stored<Kept<T, BITS, DIM, PACK, GROUPED>, LANES, PACK, WIDTH, DEPTH>(query, keys + start, values + start, batch, end, top_sum, sum_v, lane);
+  attend_to_stored<Kept<T, BITS, DIM, PACK, GROUPED>, LANES, PACK, WIDTH, DEPTH>(query, keys + start, values + start, batch, end, 0u, 0u, 0u, top_sum, sum_v, lane);
 write_attended<T, DIM, PACK, 1, SPLITS>(
     top_sum, sum_v, SINKS ? float(sinks[head]) : -3e38f, part, part_top, part_sum, y + at, simdgroup, lane);

@@ -392,7 +392,7 @@ def test_what_a_model_drafts_with_is_given_back_and_makes_way_before_a_row_does(
     assert taken > 0
     assert lane.kv_bytes == lane.batch.nbytes + lane.prefixes.nbytes + taken
     lane.batch.rows[0].cached += 1_000_000
-    assert not lane.budget.must_shrink(1, 1_000_000)
+    assert not lane.budget.must_shrink()
     lane.batch.rows[0].cached -= 1_000_000
     assert model_of(driver).nbytes == 0
     driver.run()

@@ -44,9 +44,14 @@ class Machine:
         prompt = TokenizedPrompt([3] * length)
         return Generation(Ticket("job", "generate"), request, prompt, self.model.tokenizer, 1024).rows[0]
 
-    def seat(self, length: int) -> Row:
+    def ready(self, length: int) -> Row:
+        """A row that has been prefilled."""
         row = self.row(length)
         row.cached = length
+        return row
+
+    def seat(self, length: int) -> Row:
+        row = self.ready(length)
         self.batch.join(row, KeyValues(self.model.decoder, 1, length), 0)
         return row
 
@@ -71,12 +76,12 @@ def test_what_stays_decides_whether_a_row_could_come_in(model: LoadedModel, tmp_
 def test_a_row_that_is_alone_need_not_leave(model: LoadedModel, tmp_path: Path) -> None:
     machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH)
     machine.seat(SMALLEST_KV_LENGTH - 1).cached += 1
-    assert not machine.budget.must_shrink(1, SMALLEST_KV_LENGTH + 1), "nobody could make way for it"
+    assert not machine.budget.must_shrink(), "nobody could make way for it"
     machine = Machine(model, tmp_path, 2 * SMALLEST_KV_LENGTH)
     rows = [machine.seat(SMALLEST_KV_LENGTH - 1) for _ in range(2)]
-    assert not machine.budget.must_shrink(2, SMALLEST_KV_LENGTH)
+    assert not machine.budget.must_shrink()
     rows[1].cached += 1
-    assert machine.budget.must_shrink(2, SMALLEST_KV_LENGTH + 1)
+    assert machine.budget.must_shrink()
 
 
 def test_a_prompt_counts_three_times_at_its_end(model: LoadedModel, tmp_path: Path) -> None:
@@ -89,14 +94,14 @@ def test_kept_prefixes_make_way_before_a_row_leaves(model: LoadedModel, tmp_path
     machine = Machine(model, tmp_path, 2 * SMALLEST_KV_LENGTH, prefixes=prefixes)
     for _ in range(2):
         machine.seat(10)
-    assert not machine.budget.must_shrink(2, 11)
+    assert not machine.budget.must_shrink()
     assert len(machine.prefixes) == 0
 
 
 def test_a_row_that_joins_one_is_not_alone(model: LoadedModel, tmp_path: Path) -> None:
     machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH)
     machine.seat(SMALLEST_KV_LENGTH - 1)
-    assert machine.budget.must_shrink(2, SMALLEST_KV_LENGTH)
+    assert machine.budget.must_shrink([machine.ready(SMALLEST_KV_LENGTH - 1)])
 
 
 def test_prompts_that_memory_does_not_hold_together_do_not_come_together_where_nobody_is(
@@ -111,7 +116,7 @@ def test_prompts_that_memory_does_not_hold_together_do_not_come_together_where_n
 def test_no_more_prefixes_make_way_than_have_to(model: LoadedModel, tmp_path: Path) -> None:
     machine = Machine(model, tmp_path, SMALLEST_KV_LENGTH + 2 * PREFIX, prefixes=3)
     machine.seat(10)
-    assert not machine.budget.must_shrink(1, 11)
+    assert not machine.budget.must_shrink()
     assert len(machine.prefixes) == 2
 
 
@@ -120,7 +125,7 @@ def test_no_prefix_makes_way_for_a_row_that_waits_all_the_same(model: LoadedMode
     _, row = machine.seat(10), machine.seat(10)
     assert not machine.budget.admits([machine.row(10)])
     row.cached = SMALLEST_KV_LENGTH
-    assert machine.budget.must_shrink(2, SMALLEST_KV_LENGTH + 1), "a row leaves: there may be room enough then"
+    assert machine.budget.must_shrink(), "a row leaves: there may be room enough then"
     row.cached = 10
     assert len(machine.prefixes) == 1
     machine.batch.leave(machine.batch.rows[0])
@@ -133,14 +138,14 @@ def test_a_row_that_the_batch_has_room_for_costs_nothing(model: LoadedModel, tmp
     for _ in range(3):
         machine.seat(10)
     machine.batch.leave(machine.batch.rows[0])
-    assert not machine.budget.must_shrink(3, 20)
+    assert not machine.budget.must_shrink([machine.ready(19)])
 
 
 def test_what_the_batch_has_is_no_growth_of_it(model: LoadedModel, tmp_path: Path) -> None:
     machine = Machine(model, tmp_path, 3 * SMALLEST_KV_LENGTH)
     for _ in range(2):
         machine.seat(10)
-    assert not machine.budget.must_shrink(3, 20), "a third row takes what each of them has, and no more"
+    assert not machine.budget.must_shrink([machine.ready(19)]), "a third row takes what each of them has, and no more"
 
 
 @pytest.mark.parametrize("length", [SMALLEST_KV_LENGTH - 1, SMALLEST_KV_LENGTH])

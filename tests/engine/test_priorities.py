@@ -312,9 +312,9 @@ def test_a_row_that_finds_no_memory_as_it_joins_puts_none_back_that_goes_before_
     for row in seated:
         seat(batch, model, row)
     # Memory for one row.
-    budget = Mock(spec=KvBudget, must_shrink=lambda rows, length: rows > 1)
+    budget = Mock(spec=KvBudget, must_shrink=lambda joining: len(batch.rows) + len(joining) > 1)
     seats = Seats(4, roster, Prompts(budget), batch, budget, 0)
-    assert seats.make_room(3, 8, joining) is not stays
+    assert seats.make_room(joining) is not stays
     assert roster.waiting == ([joining] if stays else seated)
     assert len(batch.rows) == (2 if stays else 0)
 
@@ -359,7 +359,7 @@ def test_a_prompt_of_bulk_that_rests_makes_way_before_a_stream(model: LoadedMode
     resting = waiting_rows(model, BULK)
     prompts = Mock(spec=Prompts, give_up=Mock(side_effect=[resting, []]))
     budget = Mock(spec=KvBudget, must_shrink=Mock(side_effect=[True, False]))
-    assert Seats(4, roster, prompts, batch, budget, 0).make_room(2, 8)
+    assert Seats(4, roster, prompts, batch, budget, 0).make_room()
     assert len(batch.rows) == 2
     assert roster.waiting == resting
     prompts.give_up.assert_called_once_with(STREAM)

@@ -96,9 +96,16 @@ def sides(kv: KeyValues | JointKeyValues, rows: int, length: int) -> list[mx.arr
     """Keys and values by layer, (rows, heads, length, width) each."""
     if isinstance(kv, KeyValues):
         return [array[:rows, :, :length] for pair in zip(kv.keys, kv.values, strict=True) for array in pair]
-    starts = [kv.segment(row).start for row in range(rows)]
-    held = [mx.stack([array[:, start : start + length] for start in starts]) for array in kv.arrays]
+    held = [mx.stack([array[:, where(kv, row, length)] for row in range(rows)]) for array in kv.arrays]
     return [side for array in held for side in mx.split(array, array.shape[1] // kv.heads, axis=1)]
+
+
+def where(kv: JointKeyValues, row: int, length: int) -> mx.array:
+    """At which positions of an array the first `length` of a row lie."""
+    one, positions = kv.segment(row), np.arange(length)
+    run = 0 if one.run is None else one.run.start
+    lies = np.where(positions < one.shared, run + positions, one.start + positions - one.shared)
+    return mx.array(np.minimum(lies, kv.positions - 1).astype(np.uint32))
 
 
 def largest(values: mx.array) -> float:

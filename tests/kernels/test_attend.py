@@ -21,7 +21,7 @@ def unturned(keys: mx.array, values: mx.array, bits: int) -> AttendInput:
     stored, nothing = packed_kv.pack(mx.zeros((2, rows, dim)), bits), mx.zeros((rows,), mx.int32)
     whole = mx.concatenate([keys, keys, values], axis=1)
     return AttendInput(
-        *(whole, whole, whole, stored, None, nothing, nothing, mx.ones((dim // 2,)), None, None),
+        *(whole, whole, whole, stored, None, mx.zeros((rows, 3), mx.int32), nothing, mx.ones((dim // 2,)), None, None),
         *((0, dim, 2 * dim), 1, 1, dim**-0.5),
         bits=bits,
     )
@@ -100,3 +100,59 @@ def test_wrong_words_of_a_key_that_weighs_nothing_would_be_noticed(bits: int) ->
     y, made = KERNEL.reference(*given)
     wrong = mx.concatenate([made[:, :1] ^ 1, made[:, 1:]], axis=1)
     assert KERNEL.error_of(given, [y, made]) <= KERNEL.tolerances[mx.float32] < KERNEL.error_of(given, [y, wrong])
+
+
+#: Numbers of rows' positions: those of a batch of keys, of the last one alone, and of all that a row has.
+SHARED = [0, 1, 33, 127, 128, 200]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_row_gets_the_same_bit_for_bit_however_many_positions_it_shares(bits: int, window: int | None) -> None:
+    """And wherever they lie: what it gets would depend on who is there with it else."""
+    random, dim, (rows, length) = np.random.default_rng(bits), 64, (len(SHARED), 200)
+    sequence = mx.array(random.normal(0, 1, (4, length, dim)).astype(np.float32))
+    width, starts = 6 * dim, (0, 2 * dim, 4 * dim)
+    one = mx.array(random.normal(0, 1, (1, width)).astype(np.float32))
+    whole = mx.broadcast_to(one, (rows, width))
+
+    def attended(places: list[tuple[int, int, int]], size: int) -> list[np.ndarray]:
+        """Of a row at each of these places, with other numbers wherever none has its own."""
+        stored = mx.array(random.normal(0, 9, (4, size, dim)).astype(np.float32))
+        for run, shared, own in places:
+            stored[:, run : run + shared] = sequence[:, :shared]
+            stored[:, own : own + length - shared] = sequence[:, shared:]
+        given = AttendInput(
+            *(whole[: len(places)],) * 3,
+            stored if bits == 16 else packed_kv.pack(stored, bits),
+            fresh=None,
+            segment=mx.array(places, mx.int32),
+            offset=mx.full((len(places),), length, mx.int32),
+            period=mx.arange(1.0, 33.0),
+            q_weight=None,
+            k_weight=None,
+            starts=starts,
+            heads=2,
+            kv_heads=2,
+            scale=0.125,
+            window=window,
+            bits=bits,
+        )
+        with using("emulator"):
+            y, made = attend(given)
+        return [np.array(y), np.array(made)]
+
+    alone = attended([(0, 0, 5)], length + 5)
+    # All share one run that lies behind what is their own, and the last one has nothing else.
+    together = attended([(1300, shared, 7 + 200 * row) for row, shared in enumerate(SHARED)], 1500)
+    for got, wanted in zip(together, alone, strict=True):
+        assert all(np.array_equal(row, wanted[0]) for row in got)
+
+
+def test_a_segment_beyond_the_storage_reads_nothing_beyond_it() -> None:
+    """Places that no storage has are read where it ends, so that a fault of the host's is no fault of the device."""
+    given = AttendInput(*check.cases(KERNEL, mx.float32, 1)[0].arguments)
+    for segment in ((10**6, 70, 10**6), (-1, 10**6, -1), (0, -1, 3)):
+        with using("emulator"):
+            y, _ = attend(given._replace(segment=mx.array([segment] * 2, mx.int32)))
+        assert np.isfinite(np.array(y)).all()
