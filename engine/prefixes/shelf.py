@@ -221,13 +221,15 @@ def _copy(
 ) -> list[np.ndarray] | None:
     """In the engine's thread: nothing of MLX leaves it."""
     held = cache()
-    kv = None if held is None else held.beginning(adapter, tokens)
-    if kv is None:
+    pieces = None if held is None else held.beginning(adapter, tokens)
+    if not pieces:
         return None
-    keys, values, states = kv.stored
-    # A state is of all tokens of its entry; keys and values have a place for each.
-    arrays = [*(array[:, :, : len(tokens)] for array in (*keys, *values)), *states]
-    return [_raw(arrays[index]) for index in which]
+    # Keys and values of each piece, one array of a layer behind the other. A state is of all tokens before it.
+    places = list(zip(*([*piece.keys, *piece.values] for piece in pieces), strict=True))
+    joined = places[which.start : which.stop]
+    states = pieces[-1].states[max(0, which.start - len(places)) : max(0, which.stop - len(places))]
+    whole = [mx.concatenate(list(arrays), axis=2)[:, :, : len(tokens)] for arrays in joined]
+    return [_raw(array) for array in (*whole, *states)]
 
 
 def _int32(ids: Sequence[int]) -> np.ndarray:
