@@ -113,7 +113,11 @@ class PrefixCache:
         any."""
         if not self._used:
             return False
-        self._drop(*self._oldest())
+        owner, node = self._oldest()
+        was_pinned = node in self._pinned
+        self._drop(owner, node)
+        if was_pinned:
+            self._hold_pins()  # of a beginning without its end nothing is pinned
         return True
 
     def _path(self, owner: Hashable, wanted: np.ndarray) -> Path:
@@ -144,7 +148,8 @@ class PrefixCache:
             merged = self._merged(nodes, len(wanted) - path.shared)
             start = merged[-1].start if merged else path.shared
             parent = nodes[-1] if nodes else None
-            node = Node(wanted[start:], kv.row(row, len(wanted), start), len(wanted), parent, True)
+            # Of the tokens a copy, too: a part of an array holds all of it.
+            node = Node(wanted[start:].copy(), kv.row(row, len(wanted), start), len(wanted), parent, True)
             self._trees.setdefault(owner, Tree(self.shortest)).put(node)
             for old in merged:
                 self._let_go(old)

@@ -102,9 +102,9 @@ class Tree:
     def split(self, node: Node, length: int) -> tuple[Node, Node]:
         """Put two in the place of a node, the first of which has `length` of its tokens."""
         first_kv, second_kv = node.kv.halves(length)
-        first = Node(node.tokens[:length], first_kv, node.start + length, node.parent, False)
+        first = Node(node.tokens[:length].copy(), first_kv, node.start + length, node.parent, False)
         # The same dict: a thread that looks at the whole goes on where the engine's thread goes on.
-        second = Node(node.tokens[length:], second_kv, node.end, first, node.ends, node.children, node.place)
+        second = Node(node.tokens[length:].copy(), second_kv, node.end, first, node.ends, node.children, node.place)
         for child in node.children.values():
             child.parent = second
         self.put(second)

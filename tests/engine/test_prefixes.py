@@ -12,6 +12,7 @@ import pytest
 
 from engine.models.cache import KeyValues, KvSide, KvSizes, StateShape
 from engine.models.llama import Llama
+from engine.prefixes import tree
 from engine.prefixes.memory import SHORTEST, PrefixCache
 
 LENGTH = 60
@@ -65,7 +66,7 @@ def assert_sound(cache: PrefixCache) -> None:
     assert cache.nbytes == sum(kv.nbytes for kv in cache.kept)
     used, trees = vars(cache)["_used"], vars(cache)["_trees"]
     order = {id(node): index for index, (_, node) in enumerate(used.values())}
-    nodes = [node for tree in trees.values() for node in tree.nodes()]
+    nodes = [node for of_owner in trees.values() for node in of_owner.nodes()]
     assert len(nodes) == len(order) == len(cache)
     for node in nodes:
         assert node.kv.capacity == len(node.tokens) > 0
@@ -179,6 +180,22 @@ def test_whatever_comes_and_goes_what_is_found_is_right_and_pins_stay(
     while cache.evict():
         assert_sound(cache)
     assert cache.nbytes == len(cache) == 0
+
+
+def test_a_beginning_is_found_by_its_length_however_many_go_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    whole = tree.shared_length
+
+    def shared_length(left: np.ndarray, right: np.ndarray) -> int:
+        compared.append(min(len(left), len(right)))
+        return whole(left, right)
+
+    cache, system, kept = PrefixCache(1 << 30), list(range(1000, 1100)), of(range(103))
+    for number in range(300):
+        cache.put("base", [*system, number, number, number], kept)
+    monkeypatch.setattr(tree, "shared_length", shared_length)
+    assert cache.shared("base", [*system, 299, 299, 5, 5]) == 102
+    assert compared == [100, 3]
 
 
 # --- what is kept ---
@@ -378,6 +395,15 @@ def test_room_for_an_end_is_made_without_what_it_goes_on_from() -> None:
     assert_sound(cache)
 
 
+def test_room_is_made_of_the_other_end_of_what_is_split() -> None:
+    cache = PrefixCache(100 * Attending.kv_sizes.token_bytes)
+    first, second = [*range(40), *range(100, 160)], [*range(40), *range(200, 260)]
+    for tokens in (first, second):
+        cache.put("base", tokens, of(tokens))
+    assert [cache.has("base", second), cache.shared("base", first), cache.nbytes] == [True, 40, cache.limit]
+    assert_is(cache.find("base", [*second, 7])[0], second)
+
+
 def test_what_left_leaves_nothing_behind() -> None:
     for whole in (False, True):
         cache = PrefixCache(1 << 20, whole=whole, shortest=3)
@@ -445,6 +471,18 @@ def test_pins_make_way_one_after_the_other_the_ends_first() -> None:
         assert_sound(cache)
     assert left[0] == [True, False, True]
     assert left[-1] == [False, False, False]
+
+
+def test_what_is_left_of_a_pin_takes_no_room_from_others() -> None:
+    cache, pinned, branch = PrefixCache(70 * Attending.kv_sizes.token_bytes), list(range(LENGTH)), [*range(40), 101]
+    cache.pin([("base", pinned)])
+    for tokens in (pinned, branch):
+        cache.put("base", tokens, of(tokens))
+    for left in (2, 1):
+        assert cache.evict()
+        assert len(cache) == left
+    cache.put("base", [9] * LENGTH, of([9] * LENGTH))
+    assert [cache.has("base", [9] * LENGTH), len(cache)] == [True, 1]
 
 
 # --- threads ---
