@@ -301,8 +301,7 @@ class KeyValues:
 
     def row(self, row: int, end: int, start: int = 0) -> KeyValues:
         """A copy of a row's positions from `start` to `end`, and of its states. It is on its way."""
-        states = [mx.contiguous(array[row : row + 1]) for array in self.states]
-        return self._part(row, start, end, states, self._state)
+        return self._part(row, start, end, self._states_of(row), self._state)
 
     def halves(self, length: int) -> tuple[KeyValues, KeyValues]:
         """The first `length` positions of one row, and those behind them with the states: copies, on their way. Each
@@ -310,9 +309,14 @@ class KeyValues:
         first = self._part(0, 0, length, [], 0)
         return first, self._part(0, length, self.capacity, self.states, self._state)
 
-    def ending(self, other: KeyValues) -> KeyValues:
-        """The same positions with the states of `other`."""
-        return self._one_row((self.keys, self.values, other.states), self.capacity, other.row_bytes(0, states=True))
+    def ending(self, other: KeyValues, row: int) -> KeyValues:
+        """The same positions with a copy of the states of another's row, which is on its way."""
+        states = other._states_of(row)
+        mx.async_eval(states)  # type: ignore[no-untyped-call]
+        return self._one_row((self.keys, self.values, states), self.capacity, other.row_bytes(0, states=True))
+
+    def _states_of(self, row: int) -> list[mx.array]:
+        return [mx.contiguous(array[row : row + 1]) for array in self.states]
 
     def _part(self, row: int, start: int, end: int, states: list[mx.array], state: int) -> KeyValues:
         keys, values = ([_positions(array, row, start, end) for array in arrays] for arrays in (self.keys, self.values))

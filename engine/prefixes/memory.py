@@ -6,6 +6,7 @@ every prompt that begins the same. They are kept once for all of them (`engine.p
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 
@@ -143,13 +144,13 @@ class PrefixCache:
         """Let a path go on to the end of a prompt."""
         nodes = self._split(owner, path) if path.beyond else list(path.nodes)
         if path.shared == len(wanted):
-            self._end(nodes[-1], kv.row(row, path.shared, path.shared))
+            self._end(nodes[-1], kv, row)
         else:
             merged = self._merged(nodes, len(wanted) - path.shared)
             start = merged[-1].start if merged else path.shared
-            parent = nodes[-1] if nodes else None
+            above = weakref.ref(nodes[-1]) if nodes else None
             # Of the tokens a copy, too: a part of an array holds all of it.
-            node = Node(wanted[start:].copy(), kv.row(row, len(wanted), start), len(wanted), parent, True)
+            node = Node(wanted[start:].copy(), kv.row(row, len(wanted), start), len(wanted), above, True)
             self._trees.setdefault(owner, Tree(self.shortest)).put(node)
             for old in merged:
                 self._let_go(old)
@@ -170,10 +171,10 @@ class PrefixCache:
             length += len(node.tokens)
         return merged
 
-    def _end(self, node: Node, kv: KeyValues) -> None:
-        """A prompt has ended where a node does."""
+    def _end(self, node: Node, kv: KeyValues, row: int) -> None:
+        """A prompt has ended where a node does, with the states of a row."""
         self.nbytes -= node.kv.nbytes
-        node.kv, node.ends = node.kv.ending(kv), True
+        node.kv, node.ends = node.kv.ending(kv, row), True
         self.nbytes += node.kv.nbytes
 
     def _split(self, owner: Hashable, path: Path) -> list[Node]:

@@ -10,6 +10,7 @@ there before or what is there after.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -24,19 +25,24 @@ _Step: TypeAlias = bytes | int
 Children: TypeAlias = "dict[_Step, Node]"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Node:
     """`tokens`: int32, those behind its parent's. `kv`: of these positions alone, with the states behind the last one
     where there are any. `end`: where the last one is among all from the beginning on. `place`: stands for when it was
-    used; the second half of a node has that of the whole. `ends`: a prompt ended here, with the states that it left."""
+    used; the second half of a node has that of the whole. `ends`: a prompt ended here, with the states that it left.
+    `above`: its parent. What goes frees its memory at once, as none holds another in a circle."""
 
     tokens: np.ndarray
     kv: KeyValues
     end: int
-    parent: Node | None
+    above: weakref.ref[Node] | None
     ends: bool
     children: Children = field(default_factory=dict)
     place: object = field(default_factory=object)
+
+    @property
+    def parent(self) -> Node | None:
+        return None if self.above is None else self.above()
 
     @property
     def start(self) -> int:
@@ -97,16 +103,19 @@ class Tree:
         del self._beside(node)[self._step(node.tokens, node.start)]
 
     def _beside(self, node: Node) -> Children:
-        return self.children if node.parent is None else node.parent.children
+        parent = node.parent
+        return self.children if parent is None else parent.children
 
     def split(self, node: Node, length: int) -> tuple[Node, Node]:
         """Put two in the place of a node, the first of which has `length` of its tokens."""
         first_kv, second_kv = node.kv.halves(length)
-        first = Node(node.tokens[:length].copy(), first_kv, node.start + length, node.parent, False)
+        first = Node(node.tokens[:length].copy(), first_kv, node.start + length, node.above, False)
         # The same dict: a thread that looks at the whole goes on where the engine's thread goes on.
-        second = Node(node.tokens[length:].copy(), second_kv, node.end, first, node.ends, node.children, node.place)
+        second = Node(
+            node.tokens[length:].copy(), second_kv, node.end, weakref.ref(first), node.ends, node.children, node.place
+        )
         for child in node.children.values():
-            child.parent = second
+            child.above = weakref.ref(second)
         self.put(second)
         self.put(first)
         return first, second

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 import zlib
 from collections.abc import Sequence
 
@@ -143,7 +145,7 @@ def test_what_is_found_is_what_a_look_at_every_prompt_finds(seed: int, model: ty
 
 @pytest.mark.parametrize("model", [Attending, Hybrid])
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_comes_and_goes_what_is_found_is_right_and_pins_stay(
+def test_as_prompts_come_and_go_what_is_found_is_right_and_pins_stay(
     seed: int, model: type[Attending | Hybrid]
 ) -> None:
     random, whole = np.random.default_rng(seed), model is Hybrid
@@ -236,7 +238,10 @@ def test_the_end_alone_is_copied_out_of_what_prompts_share(monkeypatch: pytest.M
     cache.put("base", third, storage, 2)
     cache.put("base", second, storage, 1)
     assert copied == [(2, 100, 103)], "what is the beginning of another is there"
-    for tokens in (first, second, third):
+    longer = [*third, 7]
+    cache.put("base", longer, of(longer))
+    assert copied[1:] == [(0, 103, 104)], "what is longer than what comes stays as it is"
+    for tokens in (first, second, third, longer):
         pieces, length = cache.find("base", [*tokens, 9])
         assert length == len(tokens)
         assert_is(pieces, tokens)
@@ -250,6 +255,7 @@ def test_a_half_that_goes_gives_back_its_memory() -> None:
     for kv in stored:
         kv.keys, kv.values = ([mx.random.normal(array.shape) for array in arrays] for arrays in (kv.keys, kv.values))
     mx.eval([kv.stored for kv in stored])
+    mx.synchronize()
     before, token = mx.get_active_memory(), Attending.kv_sizes.token_bytes
     for tokens, kv in zip(prompts, stored, strict=True):
         cache.put("base", tokens, kv)
@@ -258,6 +264,25 @@ def test_a_half_that_goes_gives_back_its_memory() -> None:
         # MLX has some bytes of its own in each array.
         assert mx.get_active_memory() - before == pytest.approx(left * token, abs=2 * token)
         assert cache.evict() == bool(left)
+
+
+def test_what_is_forgotten_is_freed_at_once() -> None:
+    """With a collector of circles that rests, as it may for minutes."""
+    gc.collect()
+    gc.disable()
+    try:
+        for let_go in (lambda cache: cache.forget("base"), lambda cache: None):
+            cache = PrefixCache(1 << 30)
+            for tokens in ([*range(50), 101], [*range(50), 102, 103], [*range(45), 1, 2], list(range(40))):
+                cache.put("base", tokens, of(tokens))
+            cache.pin([("base", list(range(36)))])
+            held = [weakref.ref(kv) for kv in cache.kept]
+            assert len(held) == 6
+            let_go(cache)
+            del cache
+            assert [kv() for kv in held] == [None] * 6
+    finally:
+        gc.enable()
 
 
 def test_a_chat_is_kept_in_few_pieces_however_many_turns_it_has() -> None:
@@ -440,9 +465,10 @@ def test_a_pin_that_a_longer_prompt_goes_on_from_is_kept_apart() -> None:
     cache, pinned = PrefixCache(1 << 30), list(range(40))
     cache.pin([("base", pinned)])
     cache.put("base", pinned, of(pinned))
+    (before,) = cache.kept
     longer = [*pinned, *range(100, 200)]
     cache.put("base", longer, of(longer))
-    assert len(cache) == 2
+    assert [kv is before for kv in cache.kept] == [False, True]
     assert cache.evict()
     assert [cache.has("base", pinned), cache.has("base", longer)] == [True, False]
 
@@ -458,6 +484,14 @@ def test_pins_that_share_their_beginning_take_it_once() -> None:
     behind = [*pins[0], *range(20)]
     cache.put("base", behind, of(behind))
     assert [cache.has("base", behind), cache.nbytes] == [True, 100 * token]
+
+
+def test_both_halves_of_a_pin_stay_while_another_prompt_goes_on_from_its_middle() -> None:
+    cache, pinned, other = PrefixCache(92 * Attending.kv_sizes.token_bytes), list(range(LENGTH)), [9] * SHORTEST
+    cache.pin([("base", pinned)])
+    for tokens in (pinned, other, [*range(40), *range(100, 110)]):
+        cache.put("base", tokens, of(tokens))
+    assert [cache.has("base", pinned), cache.has("base", other), len(cache)] == [True, False, 3]
 
 
 def test_pins_make_way_one_after_the_other_the_ends_first() -> None:
