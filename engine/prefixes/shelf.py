@@ -224,12 +224,18 @@ def _copy(
     pieces = None if held is None else held.beginning(adapter, tokens)
     if not pieces:
         return None
-    # Keys and values of each piece, one array of a layer behind the other. A state is of all tokens before it.
-    places = list(zip(*([*piece.keys, *piece.values] for piece in pieces), strict=True))
-    joined = places[which.start : which.stop]
-    states = pieces[-1].states[max(0, which.start - len(places)) : max(0, which.stop - len(places))]
-    whole = [mx.concatenate(list(arrays), axis=2)[:, :, : len(tokens)] for arrays in joined]
-    return [_raw(array) for array in (*whole, *states)]
+    return [_raw(_joined(pieces, len(tokens), index)) for index in which]
+
+
+def _joined(pieces: Sequence[KeyValues], length: int, index: int) -> mx.array:
+    """One tensor of a beginning of `length` tokens, whose places are those of its pieces, one behind the other."""
+    *before, last = ([*piece.keys, *piece.values] for piece in pieces)
+    if index >= len(last):
+        # A state is of all tokens before it.
+        return pieces[-1].states[index - len(last)]
+    # The last piece may be far longer than what is asked for.
+    left = length - sum(piece.capacity for piece in pieces[:-1])
+    return mx.concatenate([*(arrays[index] for arrays in before), last[index][:, :, :left]], axis=2)
 
 
 def _int32(ids: Sequence[int]) -> np.ndarray:
