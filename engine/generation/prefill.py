@@ -129,10 +129,10 @@ class Prefill:
         """Storage for the whole prompts, with what the prefix cache has of them."""
         found = [self._find(row, prefixes) for row in self.rows]
         kv = KeyValues(self._model, *self._size([length for _, length in found]))
-        for index, (row, (source, length)) in enumerate(zip(self.rows, found, strict=True)):
-            if source is not None:
+        for index, (row, (pieces, length)) in enumerate(zip(self.rows, found, strict=True)):
+            if pieces:
                 with row.guarded():
-                    kv.put(index, source, 0, length)
+                    kv.put_pieces(index, pieces, length)
                 row.cached = length
             row.generation.note_cached(row.cached)
         return kv
@@ -145,7 +145,7 @@ class Prefill:
         # All rows of a group have a chunk of one length, behind what each has.
         return count, longest + (max(found) - min(found) + FEWEST if count > 1 else 0)
 
-    def _find(self, row: Row, prefixes: PrefixCache) -> tuple[KeyValues | None, int]:
+    def _find(self, row: Row, prefixes: PrefixCache) -> tuple[list[KeyValues], int]:
         row.cached = 0
         with row.guarded():
             return prefixes.find(owner(self._pool, row), row.uncached)
@@ -160,7 +160,7 @@ class Prefill:
         name = owner(self._pool, row)
         if len(tokens) < prefixes.shortest or prefixes.has(name, tokens):
             return False
-        prefixes.put(name, tokens, self.kv.row(self.kv_row(row), row.cached))
+        prefixes.put(name, tokens, self.kv, self.kv_row(row))
         return True
 
     def advance(self, pacer: PrefillPacer, patience: float) -> list[tuple[Row, Pick]]:

@@ -252,9 +252,26 @@ class KeyValues:
 
     def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
         """Copy the first `length` positions of a row of another, `source`, to `row`, and its states."""
+        self._put_positions(row, source, source_row, 0, length)
+        self._put_states(row, source, source_row)
+
+    def put_pieces(self, row: int, pieces: Sequence[KeyValues], length: int) -> None:
+        """Copy the first `length` positions of pieces, each of one row, that go on from each other's ends, and the
+        states behind the last. A launch for each piece and array."""
+        start = 0
+        for piece in pieces:
+            end = min(length, start + piece.capacity)
+            self._put_positions(row, piece, 0, start, end)
+            start = end
+        self._put_states(row, pieces[-1], 0)
+
+    def _put_positions(self, row: int, source: KeyValues, source_row: int, start: int, end: int) -> None:
+        """The first positions of a row of another are those from `start` on here."""
         for target, origin in ((self.keys, source.keys), (self.values, source.values)):
             for layer, array in enumerate(origin):
-                target[layer][row : row + 1, :, :length] = array[source_row : source_row + 1, :, :length]
+                target[layer][row : row + 1, :, start:end] = array[source_row : source_row + 1, :, : end - start]
+
+    def _put_states(self, row: int, source: KeyValues, source_row: int) -> None:
         for index, array in enumerate(source.states):
             self.states[index][row : row + 1] = array[source_row : source_row + 1]
 
@@ -289,15 +306,40 @@ class KeyValues:
             for layer, array in enumerate(arrays):
                 arrays[layer] = mx.where(keep, array, mx.zeros((), array.dtype))
 
-    def row(self, row: int, length: int) -> KeyValues:
-        """A copy of a row's first `length` positions, which is on its way."""
+    def row_bytes(self, positions: int, *, states: bool = False) -> int:
+        """What so many positions of a row take, and its states."""
+        return positions * self._token + states * self._state
+
+    def row(self, row: int, end: int, start: int = 0) -> KeyValues:
+        """A copy of a row's positions from `start` to `end`, and of its states. It is on its way."""
+        return self._part(row, start, end, self._states_of(row), self._state)
+
+    def halves(self, length: int) -> tuple[KeyValues, KeyValues]:
+        """The first `length` positions of one row, and those behind them with the states: copies, on their way. Each
+        has memory of its own."""
+        first = self._part(0, 0, length, [], 0)
+        return first, self._part(0, length, self.capacity, self.states, self._state)
+
+    def ending(self, other: KeyValues, row: int) -> KeyValues:
+        """The same positions with a copy of the states of another's row, which is on its way."""
+        states = other._states_of(row)
+        mx.async_eval(states)  # type: ignore[no-untyped-call]
+        return self._one_row((self.keys, self.values, states), self.capacity, other.row_bytes(0, states=True))
+
+    def _states_of(self, row: int) -> list[mx.array]:
+        return [mx.contiguous(array[row : row + 1]) for array in self.states]
+
+    def _part(self, row: int, start: int, end: int, states: list[mx.array], state: int) -> KeyValues:
+        keys, values = ([_positions(array, row, start, end) for array in arrays] for arrays in (self.keys, self.values))
+        mx.async_eval(keys, values, states)  # type: ignore[no-untyped-call]
+        return self._one_row((keys, values, states), end - start, state)
+
+    def _one_row(self, stored: Stored, capacity: int, state: int) -> KeyValues:
+        """`state`: bytes of its states."""
         made = object.__new__(KeyValues)
-        made.keys = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.keys]
-        made.values = [mx.contiguous(array[row : row + 1, :, :length]) for array in self.values]
-        made.states = [mx.contiguous(array[row : row + 1]) for array in self.states]
-        made.rows, made.capacity = 1, length
-        made._token, made._state = self._token, self._state
-        mx.async_eval(made.keys, made.values, made.states)  # type: ignore[no-untyped-call]
+        made.stored = stored
+        made.rows, made.capacity = 1, capacity
+        made._token, made._state = self._token, state
         return made
 
 
@@ -308,6 +350,13 @@ def bytes_per_token(model: HoldsKeyValues) -> int:
 
 def _with(lengths: Sequence[int], more: Sequence[Span]) -> list[int]:
     return [*lengths, *(span.length for span in more)]
+
+
+def _positions(array: mx.array, row: int, start: int, end: int) -> mx.array:
+    """A copy of these positions of a row; of all that there are, the array itself."""
+    part = array[row : row + 1, :, start:end]
+    # `mx.contiguous` shares the memory of a small array, with what is left out of it.
+    return mx.contiguous(part) if part.shape == array.shape else mx.array(part)
 
 
 def _column(lengths: list[int], dimensions: int) -> mx.array:

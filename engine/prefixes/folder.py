@@ -27,7 +27,7 @@ import numpy as np
 from engine.prefixes import entry_file
 from engine.prefixes.entry_file import DamagedEntry
 from engine.prefixes.form import Form
-from engine.prefixes.memory import shared_length
+from engine.prefixes.tree import shared_length
 from stoker.files.durable import DRAFT, make_folders, sweep, write_whole
 
 log = logging.getLogger(__name__)

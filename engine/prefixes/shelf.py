@@ -221,13 +221,21 @@ def _copy(
 ) -> list[np.ndarray] | None:
     """In the engine's thread: nothing of MLX leaves it."""
     held = cache()
-    kv = None if held is None else held.beginning(adapter, tokens)
-    if kv is None:
+    pieces = None if held is None else held.beginning(adapter, tokens)
+    if not pieces:
         return None
-    keys, values, states = kv.stored
-    # A state is of all tokens of its entry; keys and values have a place for each.
-    arrays = [*(array[:, :, : len(tokens)] for array in (*keys, *values)), *states]
-    return [_raw(arrays[index]) for index in which]
+    return [_raw(_joined(pieces, len(tokens), index)) for index in which]
+
+
+def _joined(pieces: Sequence[KeyValues], length: int, index: int) -> mx.array:
+    """One tensor of a beginning of `length` tokens, whose places are those of its pieces, one behind the other."""
+    *before, last = ([*piece.keys, *piece.values] for piece in pieces)
+    if index >= len(last):
+        # A state is of all tokens before it.
+        return pieces[-1].states[index - len(last)]
+    # The last piece may be far longer than what is asked for.
+    left = length - sum(piece.capacity for piece in pieces[:-1])
+    return mx.concatenate([*(arrays[index] for arrays in before), last[index][:, :, :left]], axis=2)
 
 
 def _int32(ids: Sequence[int]) -> np.ndarray:

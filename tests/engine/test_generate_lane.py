@@ -768,6 +768,37 @@ def test_a_prefix_serves_one_version_of_an_adapter_alone(model: LoadedModel, poo
     assert cached == [0, 0, 0, 0, 49, 49, 49]
 
 
+@pytest.mark.parametrize("kv_bytes", [64 << 20, 300_000])
+def test_prompts_that_share_beginnings_at_many_places_get_the_tokens_of_none(
+    model: LoadedModel, pool: AdapterPool, kv_bytes: int
+) -> None:
+    """Each finds what the longest shared beginning has, in pieces of several prompts before it; with little room, what
+    is left of that."""
+    random, driver = np.random.default_rng(5), Driver(model, pool, slots=1, kv_bytes=kv_bytes)
+    prompts: list[list[int]] = [random.integers(3, 61, 120).tolist()]
+    for _ in range(24):
+        begun = prompts[random.integers(0, len(prompts))]
+        prompts.append([*begun[: random.integers(20, len(begun) + 1)], *random.integers(3, 61, 8).tolist()])
+    for number, prompt in enumerate(prompts):
+        asked = request(prompt, max_tokens=3, temperature=0.8, seed=number)
+        sent = driver.send(asked)
+        driver.run()
+        fresh = Driver(model, pool, slots=1, prefix_share=0.0)
+        exact = fresh.send(asked)
+        fresh.run()
+        assert sent.ids == exact.ids
+        longest = max((_shared(prompt[:-1], other) for other in prompts[:number]), default=0)
+        found = sent.result.usage.cached_tokens
+        assert found == longest if kv_bytes > 1 << 20 else found <= longest
+        assert driver.lane.prefixes.nbytes <= kv_bytes // 4
+    driver.assert_empty()
+
+
+def _shared(left: list[int], right: list[int]) -> int:
+    length = min(len(left), len(right))
+    return next((at for at in range(length) if left[at] != right[at]), length)
+
+
 def test_prefixes_that_were_not_used_for_long_go_first(model: LoadedModel, pool: AdapterPool) -> None:
     driver = Driver(model, pool, kv_bytes=400_000)
     prompts = [np.random.default_rng(seed).integers(3, 61, 60).tolist() for seed in range(12)]

@@ -21,7 +21,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.engine import Engine
 from engine.generation.limits import LaneLimits
-from engine.models.cache import KvSide, KvSizes, StateShape
+from engine.models.cache import KeyValues, KvSide, KvSizes, StateShape
 from engine.models.llama import Llama
 from engine.prefixes import entry_file, folder, shelf
 from engine.prefixes.disk import DiskLimits, PrefixDisk
@@ -161,6 +161,38 @@ def test_other_architectures_read_theirs_and_recurrent_ones_whole(machine: Machi
     (other,) = third.answers([[*SYSTEM, 8]])
     served = [0, 0] if name == "lfm2" else [len(SYSTEM), 1]
     assert [cached(other), third.hits] == served, "a state cannot be taken back"
+
+
+@pytest.mark.parametrize("name", ["lfm2", "gpt_oss"])
+def test_a_beginning_in_pieces_comes_back_from_the_disk_as_it_was(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Several prompts left it; a portion of it is copied at a time."""
+    model, numbers = bridged.bridged(name), np.random.default_rng(7).integers(3, 60, 90).tolist()
+    monkeypatch.setattr(shelf, "COPIED", 1000)
+    shelf_, first, again = machine.shelf(model), PrefixCache(LIMIT, whole=name == "lfm2"), PrefixCache(LIMIT)
+    kv = KeyValues(model.decoder, 1, len(numbers))
+    for arrays in (kv.keys, kv.values, kv.states):
+        arrays[:] = [mx.random.normal(array.shape).astype(array.dtype) for array in arrays]
+    for length in (70, 75, 90):
+        first.put(None, [*numbers[:length], 1], kv.row(0, length))
+        other = [*numbers[: length - 5], 2, 3, 4]
+        first.put(None, other, KeyValues(model.decoder, 1, len(other)))
+    first.put(None, numbers, kv)
+    pieces = first.beginning(None, numbers)
+    assert pieces is not None
+    assert len(pieces) > 3
+    shelf_.served(None, numbers, first)
+    assert len(machine.files) == 1
+    fetched = machine.shelf(model).fetch(None, [*numbers, 9], again)
+    assert fetched is not None
+    shelf_.take_in(fetched, again)
+    (whole,) = again.kept
+    stored = [KeyValues(model.decoder, 1, len(numbers)) for _ in range(2)]
+    for one, of in zip(stored, (pieces, [whole]), strict=True):
+        one.put_pieces(0, of, len(numbers))
+    for left, right in zip(*(one.stored for one in stored), strict=True):
+        assert all(mx.array_equal(*pair).item() for pair in zip(left, right, strict=True))
 
 
 def test_a_long_prompt_is_kept_at_once_and_a_short_one_never(machine: Machine, model: LoadedModel) -> None:
