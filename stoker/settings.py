@@ -21,6 +21,7 @@ from stoker.address import DEFAULT_URL, Address
 from stoker.contract.base import NAME_PATTERN
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.shown import brief
+from stoker.contract.wording import refusal
 from stoker.errors import BrokerUnavailable, ConfigError
 
 ENV_PREFIX = "STOKER_"
@@ -161,7 +162,9 @@ class Settings(BaseSettings):
     @field_validator("group_size", "kv_bits", mode="before")
     @classmethod
     def _number(cls, value: object) -> object:
-        return int(value) if isinstance(value, str) and value.isdigit() else value
+        # Superscripts are digits too, and Python reads no number of thousands of them.
+        plain = isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10
+        return int(str(value)) if plain else value
 
     @field_validator("metrics")
     @classmethod
@@ -361,7 +364,9 @@ def load_settings(**overrides: Unpack[Overrides]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ENV_PREFIX + "_".join(str(part) for part in first["loc"]).upper()
-        raise ConfigError(f"{name}: {brief(first['input'])} given; {first['msg'].lower()}.") from None
+        # Validators of settings say what is wrong alone.
+        given = f"{brief(first['input'])} given; " if first["type"] == "value_error" else ""
+        raise ConfigError(f"{name}: {given}{refusal(first)}.") from None
 
 
 def settings_of(environment: Mapping[str, str]) -> Settings:

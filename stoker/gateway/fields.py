@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from stoker.contract.shown import brief, cut
+from stoker.contract.wording import refusal
 from stoker.gateway.errors import Refused
 
 B = TypeVar("B", bound="Body")
@@ -107,23 +108,13 @@ def _check_known(body: type[Body], name: str) -> None:
 
 
 def _refusal(error: ValidationError) -> Refused:
-    problem: Any = error.errors()[0]
+    problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
-    if problem["type"] == "missing":
-        return Refused(400, f"{where}: missing; it has to be given.", param=where, code="missing_required_parameter")
     if problem["type"] == "extra_forbidden":
         message = f"{where}: not supported; leave it out."
         return Refused(400, message, param=where, code="unsupported_parameter")
-    if problem["type"] == "value_error":
-        said = problem["msg"].removeprefix("Value error, ")
-    elif problem["type"] == "too_short":
-        least = problem["ctx"]["min_length"]
-        said = f"{brief(problem['input'])} given; expected at least {least} item{'s' if least > 1 else ''}"
-    elif problem["type"] == "model_type":
-        said = f"{brief(problem['input'])} given; expected an object"
-    else:
-        said = f"{brief(problem['input'])} given; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-    return Refused(400, f"{where}: {said}.", param=where, code="invalid_value")
+    code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
+    return Refused(400, f"{where}: {refusal(problem)}.", param=where, code=code)
 
 
 def _is_branch(part: object) -> bool:
