@@ -196,14 +196,16 @@ class Settings(BaseSettings):
                 f"no broker was chosen: STOKER_URL is not set, and no `stoker up` runs with STOKER_HOME={self.home}. "
                 f"Start that, or name a broker that runs, as in STOKER_URL={DEFAULT_URL}."
             )
-        return Address.parse(url)
+        return Address.parse(url, self.url_name)
 
     @property
     def shown_address(self) -> str:
         """Where the broker is, for people; also where none was chosen, or it has ended."""
         url = self.chosen_url
         return (
-            f"`stoker up` with STOKER_HOME={self.home}, which has ended," if url is None else Address.parse(url).shown
+            f"`stoker up` with STOKER_HOME={self.home}, which has ended,"
+            if url is None
+            else Address.parse(url, self.url_name).shown
         )
 
     @property
@@ -213,6 +215,16 @@ class Settings(BaseSettings):
             return self.url
         running = self.running_broker
         return None if running is None else running.url
+
+    @property
+    def url_name(self) -> str:
+        """What named `url`, as errors say it: the variable, or else the option or the argument of that name."""
+        return "url" if self.url and os.environ.get("STOKER_URL") != self.url else "STOKER_URL"
+
+    @property
+    def url_option(self) -> str:
+        """`url_name`, in a command's errors."""
+        return self.url_name if self.url_name == "STOKER_URL" else "--url"
 
     @property
     def running_broker(self) -> RunningBroker | None:

@@ -110,9 +110,11 @@ class Stack:
             self.joined = running.pid if running is not None and not self.settings.url else None
             return False
         if self.settings.url:
+            named = self.settings.url_option
+            without = f"{'unset' if named == 'STOKER_URL' else 'leave out'} {named}"
             raise BrokerUnavailable(
-                f"no answer from the broker at {self.settings.address.shown}, which STOKER_URL names. "
-                "Start it, or unset STOKER_URL to use the embedded one."
+                f"no answer from the broker at {self.settings.address.shown}, which {named} names. "
+                f"Start it, or {without} to use the embedded one."
             )
         return True
 

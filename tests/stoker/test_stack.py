@@ -157,6 +157,25 @@ def test_a_stack_takes_nothing_from_the_environment_that_its_settings_do_not_say
     assert world.child("worker").env["STOKER_ARTIFACTS"] == ""
 
 
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        (URL, r"which STOKER_URL names\. Start it, or unset STOKER_URL to use the embedded one\."),
+        (None, r"which --url names\. Start it, or leave out --url to use the embedded one\."),
+        ("redis://127.0.0.1:9/0", r"which --url names\."),
+    ],
+)
+def test_a_broker_that_is_away_is_blamed_on_what_named_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, said: str
+) -> None:
+    monkeypatch.setattr(stacks, "answers", lambda settings: False)
+    if variable is not None:
+        monkeypatch.setenv("STOKER_URL", variable)
+    settings = load_settings(home=tmp_path / "home", url=URL)
+    with pytest.raises(BrokerUnavailable, match=said), Stack(settings, flower=False):
+        pass
+
+
 def test_one_that_is_started_while_another_starts_waits_for_its_broker_and_joins_it(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
