@@ -21,7 +21,7 @@ from celery.worker import components, state
 from stoker.broker import keys
 from stoker.contract.kinds import KINDS
 from stoker.errors import StokerError
-from stoker.local.stack import ERROR_MARK
+from stoker.local import boot_errors
 from stoker.logs.redaction import Redactor, secrets_of
 from stoker.logs.setup import configure
 from stoker.settings import Settings
@@ -109,7 +109,7 @@ class EngineStep(bootsteps.StartStopStep):
         except StokerError as error:
             # One line that `stoker up` and people can read, and no traceback: the message says what to do.
             said = Redactor(secrets_of(settings))(str(error))
-            print(f"{ERROR_MARK}{type(error).__name__}: {said}", file=sys.stderr, flush=True)
+            print(boot_errors.line_of(said), file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
 
     def _guard_delivery(self, running: Runtime) -> None:
