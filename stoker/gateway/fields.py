@@ -56,6 +56,9 @@ class Body(BaseModel):
     #: Values of such fields by which programs ask for what is done anyway.
     IDLE: ClassVar[Mapping[str, object]] = {}
 
+    #: Values of fields that ask for what is done without them too, and are not their defaults.
+    USUAL: ClassVar[Mapping[str, object]] = {}
+
     @classmethod
     def asked(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `fields` that ask for something."""
@@ -65,6 +68,12 @@ class Body(BaseModel):
     def _is_idle(cls, name: str, value: object) -> bool:
         # For Python `True` is 1, and for JSON it is not.
         return name in cls.IDLE and type(value) is type(cls.IDLE[name]) and value == cls.IDLE[name]
+
+    def work(self) -> dict[str, Any]:
+        """What is asked for, as values by name: the same for two bodies that ask for the same, whether they say what is
+        usual or leave it out."""
+        fields = self.model_dump().items()
+        return {name: value for name, value in fields if value not in (None, [], {}) and value != self.USUAL.get(name)}
 
 
 def parse(body: type[B], raw: bytes) -> B:
