@@ -17,7 +17,7 @@ def line_of(message: str) -> str:
 
 
 def error_in(output: str, exit_code: int | None) -> StokerError | None:
-    """The error that the last such line of `output` tells of; None: there is none."""
+    """The error that the last such line of `output` gives; None: there is none."""
     lines = [line for line in output.splitlines() if line.startswith(_BEGINNING)]
     if not lines:
         return None
