@@ -69,15 +69,16 @@ class Address:
         return self.shown.replace("//***@", "//", 1).replace(":***@", "@", 1) + self.options
 
     @classmethod
-    def parse(cls, url: str) -> Address:
-        """Read a URL of one of the schemes above; anything else raises `ConfigError`."""
+    def parse(cls, url: str, named: str = "STOKER_URL") -> Address:
+        """Read a URL of one of the schemes above; anything else raises `ConfigError`. `named`: where it was given, as
+        errors say it."""
         scheme, separator, _ = url.partition("://")
         if not separator or scheme not in SCHEMES:
             # What stands there may be a piece of a password.
             plain = re.fullmatch(r"[a-z][a-z0-9+-]{0,15}", scheme)
             given = f"{scheme}://…" if separator and plain else "something that is no URL"
             raise ConfigError(
-                f"STOKER_URL: {given} given; allowed: {', '.join(s + '://' for s in SCHEMES)}, "
+                f"{named}: {given} given; allowed: {', '.join(s + '://' for s in SCHEMES)}, "
                 f"for example {DEFAULT_URL} or redis+socket:///tmp/redis.sock?virtual_host=0."
             )
         try:
@@ -85,12 +86,18 @@ class Address:
                 raise ValueError("characters that no URL has")
             url.encode()
             return _READERS.get(scheme, _tcp)(url)
+        except _UnknownOption as error:
+            raise ConfigError(f"{named}: {error}") from None
         except ValueError:
             # What urllib says may quote a piece of the password.
             raise ConfigError(
-                f"STOKER_URL: cannot be read; expected {_FORMS[scheme]}. "
+                f"{named}: cannot be read; expected {_FORMS[scheme]}. "
                 "In a password, write / as %2F, : as %3A, @ as %40, ? as %3F and # as %23."
             ) from None
+
+
+class _UnknownOption(ValueError):
+    """What stands behind the ? of a URL. Never leaves this module."""
 
 
 def _database(text: str) -> int:
@@ -145,7 +152,7 @@ def _check_options(given: dict[str, str], known: dict[str, tuple[str, ...]]) -> 
         return
     # What is wrong may be a piece of a password.
     shown = (f"{name} ({', '.join(values)})" if values else name for name, values in known.items())
-    raise ConfigError(f"STOKER_URL: an option behind the ? is wrong; known: {', '.join(shown)}.")
+    raise _UnknownOption(f"an option behind the ? is wrong; known: {', '.join(shown)}.")
 
 
 def _socket(url: str) -> Address:

@@ -21,6 +21,7 @@ from stoker.address import DEFAULT_URL, Address
 from stoker.contract.base import NAME_PATTERN
 from stoker.contract.kinds import ADAPTERS, EMBED, GENERATE, TRAIN
 from stoker.contract.shown import brief
+from stoker.contract.wording import refusal
 from stoker.errors import BrokerUnavailable, ConfigError
 
 ENV_PREFIX = "STOKER_"
@@ -161,7 +162,9 @@ class Settings(BaseSettings):
     @field_validator("group_size", "kv_bits", mode="before")
     @classmethod
     def _number(cls, value: object) -> object:
-        return int(value) if isinstance(value, str) and value.isdigit() else value
+        # Superscripts are digits too, and Python reads no number of thousands of them.
+        plain = isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10
+        return int(str(value)) if plain else value
 
     @field_validator("metrics")
     @classmethod
@@ -193,14 +196,16 @@ class Settings(BaseSettings):
                 f"no broker was chosen: STOKER_URL is not set, and no `stoker up` runs with STOKER_HOME={self.home}. "
                 f"Start that, or name a broker that runs, as in STOKER_URL={DEFAULT_URL}."
             )
-        return Address.parse(url)
+        return Address.parse(url, self.url_name)
 
     @property
     def shown_address(self) -> str:
         """Where the broker is, for people; also where none was chosen, or it has ended."""
         url = self.chosen_url
         return (
-            f"`stoker up` with STOKER_HOME={self.home}, which has ended," if url is None else Address.parse(url).shown
+            f"`stoker up` with STOKER_HOME={self.home}, which has ended,"
+            if url is None
+            else Address.parse(url, self.url_name).shown
         )
 
     @property
@@ -210,6 +215,16 @@ class Settings(BaseSettings):
             return self.url
         running = self.running_broker
         return None if running is None else running.url
+
+    @property
+    def url_name(self) -> str:
+        """What named `url`, as errors say it: the variable, or else the option or the argument of that name."""
+        return "url" if self.url and os.environ.get("STOKER_URL") != self.url else "STOKER_URL"
+
+    @property
+    def url_option(self) -> str:
+        """`url_name`, in a command's errors."""
+        return self.url_name if self.url_name == "STOKER_URL" else "--url"
 
     @property
     def running_broker(self) -> RunningBroker | None:
@@ -361,7 +376,9 @@ def load_settings(**overrides: Unpack[Overrides]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ENV_PREFIX + "_".join(str(part) for part in first["loc"]).upper()
-        raise ConfigError(f"{name}: {brief(first['input'])} given; {first['msg'].lower()}.") from None
+        # Validators of settings say what is wrong alone.
+        given = f"{brief(first['input'])} given; " if first["type"] == "value_error" else ""
+        raise ConfigError(f"{name}: {given}{refusal(first)}.") from None
 
 
 def settings_of(environment: Mapping[str, str]) -> Settings:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoker.catalogue import parse_models
+from stoker.catalogue import CATALOGUE, drafts_of, parse_models
 from stoker.errors import ConfigError, ModelError
 from stoker.local.checks import Check
 from stoker.settings import Settings, load_settings
@@ -24,7 +24,27 @@ def checks() -> list[Check]:
     from engine.platform.probe import describe_device
 
     found = [Check("mlx", True, describe_device()), blas, kernels_check(settings.kernels)]
-    return found + [_model_check(settings, *model) for model in parse_models(settings.models).items()]
+    return [*found, *model_checks(settings), *draft_checks(settings)]
+
+
+def model_checks(settings: Settings) -> list[Check]:
+    """Of the models that a worker of these settings holds."""
+    try:
+        models = parse_models(settings.models)
+    except ConfigError as error:
+        return [Check("model", False, str(error), "correct STOKER_MODELS")]
+    return [_model_check(settings, *model) for model in models.items()]
+
+
+def draft_checks(settings: Settings, machine: int | None = None) -> list[Check]:
+    """Of what drafts for models, by their headers and tokenizers. `machine`: as in `memory_check`."""
+    try:
+        known = {**CATALOGUE, **parse_models((*settings.models, *settings.on_demand))}
+        drafts = drafts_of(settings)
+    except ConfigError as error:
+        # Where the models are at fault, `model_checks` says it.
+        return [Check("draft", False, str(error), "correct STOKER_DRAFT_MODELS")] if settings.draft_models else []
+    return [_draft_check(settings, name, known.get(name), draft, machine) for name, draft in drafts.items()]
 
 
 def blas_check(report: BlasReport) -> Check:
@@ -51,14 +71,43 @@ def kernels_check(setting: str) -> Check:
 
 def _model_check(settings: Settings, name: str, sources: Sequence[str]) -> Check:
     from engine.checkpoints.sources import resolve
+
+    try:
+        path = resolve(sources, download=False)
+    except ModelError as error:
+        return Check("model", False, str(error), f"`stoker models pull {name}`, or correct STOKER_MODELS")
+    return memory_check(name, path, _form(settings))
+
+
+def _form(settings: Settings) -> str:
+    """In which weights are held, as `Inspection.weight_bytes` calls it."""
     from engine.platform.probe import device
 
     dense = "16 bit" if settings.dtype in ("float16", "bfloat16") else "32 bit"
+    return dense if device() == "cpu" else "stored"
+
+
+def _draft_check(
+    settings: Settings,
+    name: str,
+    sources: Sequence[str] | None,
+    draft: tuple[str, Sequence[str]],
+    machine: int | None,
+) -> Check:
+    from engine.checkpoints.drafts import DraftSource, inspect_both
+    from engine.platform.probe import memory
+
+    if sources is None:
+        return Check("draft", True, f"{draft[0]} drafts for {name}, if this worker is asked to load it")
     try:
-        path = resolve(sources)
+        found = inspect_both(DraftSource(name, sources), DraftSource(*draft))
     except ModelError as error:
-        return Check("model", False, str(error), f"`stoker models pull {name}`, or correct STOKER_MODELS")
-    return memory_check(name, path, dense if device() == "cpu" else "stored")
+        remedy = "`stoker models pull` fetches what is not here; else correct STOKER_DRAFT_MODELS"
+        return Check("draft", False, f"{draft[0]} cannot draft for {name}: {error}", remedy)
+    needed, has = sum(each.weight_bytes[_form(settings)] for each in found), machine or memory()
+    detail = f"{draft[0]} drafts for {name}: {found[1].path}, {needed / 2**30:.2f} of {has / 2**30:.1f} GB together"
+    remedy = "take it out of STOKER_DRAFT_MODELS, or serve quantized copies (`stoker models quantize`)"
+    return Check("draft", needed < has, detail, "" if needed < has else remedy)
 
 
 def memory_check(name: str, path: Path, form: str, machine: int | None = None) -> Check:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from stoker.catalogue import parse_models
 from stoker.errors import StokerError
+from stoker.local import boot_errors
 from stoker.local.interrupts import end_at_once
-from stoker.local.stack import ERROR_MARK
 from stoker.logs.setup import configure
 from stoker.settings import Settings, load_settings
 from workers.group.starting import place_of, prepare
@@ -29,7 +29,7 @@ def main() -> None:
     try:
         _follow(settings)
     except StokerError as error:
-        print(f"{ERROR_MARK}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(boot_errors.line_of(str(error)), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 

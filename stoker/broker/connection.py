@@ -107,7 +107,7 @@ def _opened_async(address: Address, options: dict[str, Any]) -> Any:
 def _check_files(address: Address) -> None:
     for option, file in address.files:
         if not os.access(file, os.R_OK):
-            raise ConfigError(f"STOKER_URL: {option}={file} cannot be read; it names a file of this machine.")
+            raise ConfigError(f"the broker's URL: {option}={file} cannot be read; it names a file of this machine.")
 
 
 def retries() -> Any:

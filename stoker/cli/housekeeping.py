@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +16,11 @@ import typer
 from stoker.broker.connection import connect as connect_redis
 from stoker.broker.connection import translated
 from stoker.cli.options import Json, Url, print_json
-from stoker.errors import ConfigError, InvalidRequest
+from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest
 from stoker.local import backup as archives
 from stoker.local import keeping, storage
 from stoker.local.backup import Counted
+from stoker.local.runs import DONE, StoredRun
 from stoker.local.storage import Leftover
 from stoker.settings import Settings, load_settings
 
@@ -62,10 +64,35 @@ def _is_removed(leftover: Leftover) -> bool:
 
 
 def _leftovers(settings: Settings, now: float, before: float) -> list[Leftover]:
-    old = keeping.ended_before(settings, before)
-    named = {leftover.path for leftover in old}
-    more = [leftover for leftover in keeping.over_limits(settings, now) if leftover.path not in named]
+    with closing(_Asked(settings)) as asked:
+        old = keeping.ended_before(settings, before, asked.sent_again)
+        named = {leftover.path for leftover in old}
+        more = [each for each in keeping.over_limits(settings, now, asked.sent_again) if each.path not in named]
     return [*old, *more, *storage.old_logs(settings, before)]
+
+
+class _Asked:
+    """The broker, where one was chosen, asked for jobs of runs. Where it is away, a job may have been sent again."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._away = settings, False
+        self._redis = None if settings.chosen_url is None else connect_redis(settings)
+
+    def sent_again(self, run: StoredRun) -> bool:
+        if self._redis is None or run.status == DONE:
+            return False
+        if not self._away:
+            try:
+                with translated(self._settings):
+                    return keeping.sent_again(self._redis)(run)
+            except BrokerUnavailable as error:
+                self._away = True
+                print(f"stoker: runs that failed stay, because they may have been sent again: {error}", file=sys.stderr)
+        return True
+
+    def close(self) -> None:
+        if self._redis is not None:
+            self._redis.close()
 
 
 def backup(

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from stoker.contract.base import Message
 from stoker.contract.shown import brief
+from stoker.contract.wording import refusal
 from stoker.errors import InvalidRequest
 
 #: The version of this contract: any change of a message's fields is another one. Its jobs have queues of their own, so
@@ -58,20 +60,16 @@ def read(message: type[M], text: str) -> M:
 def _explain(error: ValidationError, allowed: list[str]) -> str:
     problems = []
     for problem in _root_causes(error)[:3]:
-        where = ".".join(str(part) for part in problem["loc"]) or "request"
+        # pydantic says of a key of an object that it is one.
+        where = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "request"
         if problem["type"] == "extra_forbidden":
             problems.append(f"{where}: no such field; allowed: {', '.join(allowed)}")
-        elif problem["type"] == "missing":
-            problems.append(f"{where}: missing")
-        elif problem["type"] == "value_error":
-            problems.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
         else:
-            rule = problem["msg"][0].lower() + problem["msg"][1:]
-            problems.append(f"{where}: {brief(problem['input'])} given; {rule}")
+            problems.append(f"{where}: {refusal(problem)}")
     return "; ".join(problems) + "."
 
 
-def _root_causes(error: ValidationError) -> list[Any]:
+def _root_causes(error: ValidationError) -> list[ErrorDetails]:
     """Without what only follows: a list that is "too short" because its items are wrong."""
     problems = error.errors()
     inner = {problem["loc"][:-1] for problem in problems if len(problem["loc"]) > 1}

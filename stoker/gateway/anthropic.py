@@ -15,10 +15,10 @@ from stoker.contract.reasoning import ReasoningReader, parts_of
 from stoker.contract.tool_calls import object_of
 from stoker.gateway.answers import Generation
 from stoker.gateway.anthropic_messages import AnthropicMessage, AnthropicTool, Blocks, ToolChoice, choice_of, text_of
-from stoker.gateway.calls import Call
+from stoker.gateway.calls import Call, parsed
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
-from stoker.gateway.fields import Body, Items, parse
+from stoker.gateway.fields import Body, Items
 from stoker.gateway.sampling import GenerateBody, Texts
 from stoker.gateway.tools import Choice, call_id
 
@@ -44,6 +44,7 @@ class MessagesBody(GenerateBody):
         "user_profile_id": "name the sender with metadata.user_id",
         "workspace_id": "leave it out",
     }
+    USUAL: ClassVar[Mapping[str, object]] = {"tool_choice": ToolChoice(type="auto").model_dump()}
 
     max_tokens: int
     messages: Items[AnthropicMessage] = Field(min_length=1)
@@ -73,7 +74,7 @@ class MessagesBody(GenerateBody):
 
 async def asked(call: Call) -> Generation:
     """Raises `Refused`."""
-    body = parse(MessagesBody, call.body)
+    call, body = parsed(call, MessagesBody)
     model, adapter = call.model(body.model)
     form = MessagesForm(call.named.id, body.model, choice_of(body.tools, body.tool_choice))
     user = None if body.metadata is None else body.metadata.user_id

@@ -22,7 +22,7 @@ from stoker.gateway.answers import Generation, answered
 from stoker.gateway.batch_runner import Runner
 from stoker.gateway.batches import BatchEndpoints
 from stoker.gateway.bodies import read_body
-from stoker.gateway.calls import Call, Caller, Models, NamedJob, compared, keeps
+from stoker.gateway.calls import Call, Caller, Models, NamedJob, keeps
 from stoker.gateway.files import Files
 from stoker.gateway.fine_tuning import FineTuning
 from stoker.gateway.front import Front
@@ -172,7 +172,7 @@ class Gateway:
 
     def generating(self, read: Reader) -> Answerer:
         async def answer(request: Request) -> ASGIApp:
-            call = compared(await self.call(request), request.url.path)
+            call = await self.call(request)
             return await answered(call, await read(call))
 
         return answer
@@ -193,7 +193,7 @@ class Gateway:
         return await self.batches.create(await self.call(request))
 
     async def embedding(self, request: Request) -> Response:
-        return await embeddings.answered(compared(await self.call(request), request.url.path))
+        return await embeddings.answered(await self.call(request))
 
     async def reranking(self, request: Request) -> Response:
-        return await rerank.answered(compared(await self.call(request), request.url.path))
+        return await rerank.answered(await self.call(request))

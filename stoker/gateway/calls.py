@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from starlette.types import Receive
 
@@ -17,7 +18,10 @@ from stoker.contract import ModelCard
 from stoker.contract.names import Rule, follows
 from stoker.contract.shown import brief
 from stoker.gateway.errors import Refused
+from stoker.gateway.fields import Body, parse
 from stoker.gateway.waiting import Waiter, Waiting
+
+B = TypeVar("B", bound=Body)
 
 #: Says what becomes of a job whose client goes away.
 LEAVING = "x-stoker-on-disconnect"
@@ -152,25 +156,21 @@ def job_of(headers: Mapping[str, str], new: str) -> NamedJob:
     return NamedJob(job_id, True, int(index))
 
 
-def compared(call: Call, path: str) -> Call:
-    """`call` with a client whose jobs know what they were asked for, where the request has an `Idempotency-Key`: given
-    with another request, it would find the answer of the first."""
+def parsed(call: Call, kind: type[B]) -> tuple[Call, B]:
+    """The body of `call`, and `call` with a client whose jobs know what they were asked for, where the request has an
+    `Idempotency-Key`: given with another request, it would find the answer of the first. Raises `Refused`."""
+    body = parse(kind, call.body)
     if not call.named.given or call.named.resumed:
-        return call
-    asked = _digest(path, call.body)
-    return replace(call, client=call.client.with_key(call.client.settings.client_key, asked=asked))
+        return call, body
+    asked = call.client.with_key(call.client.settings.client_key, asked=_digest(body))
+    return replace(call, client=asked), body
 
 
-def _digest(path: str, body: bytes) -> str:
-    """Of what the job does: in any order, with nulls or without them, and however it is answered."""
-    try:
-        given = json.loads(body)
-        fields = {name: value for name, value in given.items() if value is not None and name not in _OF_THE_ANSWER}
-        body = json.dumps(fields, sort_keys=True).encode()
-    except (ValueError, RecursionError, AttributeError):
-        # What is no JSON object sends no job.
-        pass
-    return hashlib.blake2b(f"{path} ".encode() + body, digest_size=16).hexdigest()
+def _digest(body: Body) -> str:
+    """Of what the job does: in any order, with what is usual said or not, and however it is answered."""
+    fields = body.work()
+    said = json.dumps({name: value for name, value in fields.items() if name not in _OF_THE_ANSWER}, sort_keys=True)
+    return hashlib.blake2b(f"{type(body).__name__} {said}".encode(), digest_size=16).hexdigest()
 
 
 def _is_number(text: str) -> bool:

@@ -16,10 +16,10 @@ from stoker.contract.parts import Begun, FunctionCall, Part, Reasoning, items_of
 from stoker.contract.reasoning import ReasoningReader, parts_of
 from stoker.contract.requests import MAX_ENTRIES
 from stoker.gateway.answers import Generation
-from stoker.gateway.calls import Call
+from stoker.gateway.calls import Call, parsed
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
-from stoker.gateway.fields import Body, Items, parse
+from stoker.gateway.fields import Body, Items
 from stoker.gateway.logprobs import all_logprobs, logprobs_of
 from stoker.gateway.messages import ChatMessageBody
 from stoker.gateway.sampling import OpenAIBody
@@ -69,6 +69,10 @@ class ChatBody(OpenAIBody):
         "web_search_options": "models here have no network; leave it out",
     }
     IDLE: ClassVar[Mapping[str, object]] = {"functions": [], "metadata": {}, "modalities": ["text"]}
+    USUAL: ClassVar[Mapping[str, object]] = {
+        "tool_choice": "auto",
+        "response_format": ResponseFormat(type="text").model_dump(),
+    }
 
     messages: Items[ChatMessageBody] = Field(min_length=1)
     max_completion_tokens: int | None = None
@@ -83,6 +87,12 @@ class ChatBody(OpenAIBody):
     store: bool = False
     #: Further variables of the chat template, such as `enable_thinking`.
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def work(self) -> dict[str, Any]:
+        fields = super().work()
+        if self.max_tokens is not None:
+            fields["max_completion_tokens"] = fields.pop("max_tokens")
+        return fields
 
     def options(self, most_tokens: int) -> GenerateOptions:
         options = self.sampling()
@@ -114,7 +124,7 @@ class ChatBody(OpenAIBody):
 
 async def asked(call: Call) -> Generation:
     """Raises `Refused`."""
-    body = parse(ChatBody, call.body)
+    call, body = parsed(call, ChatBody)
     model, adapter = call.model(body.model)
     form = ChatForm(
         call.named.id, body.model, body.choice(), body.logprobs, body.include_usage, body.service_tier,

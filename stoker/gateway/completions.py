@@ -13,10 +13,9 @@ from stoker.client.options import GenerateOptions
 from stoker.contract import GenerateResult, StreamToken
 from stoker.contract.shown import brief
 from stoker.gateway.answers import Generation
-from stoker.gateway.calls import Call
+from stoker.gateway.calls import Call, parsed
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
-from stoker.gateway.fields import parse
 from stoker.gateway.logprobs import all_legacy_logprobs, legacy_logprobs
 from stoker.gateway.sampling import OpenAIBody
 from stoker.gateway.usage import finish_reason, usage_of
@@ -58,7 +57,7 @@ class CompletionBody(OpenAIBody):
 
 async def asked(call: Call) -> Generation:
     """Raises `Refused`."""
-    body = parse(CompletionBody, call.body)
+    call, body = parsed(call, CompletionBody)
     model, adapter = call.model(body.model)
     form = CompletionForm(call.named.id, body.model, body.logprobs is not None, body.include_usage)
     options = body.options()

@@ -18,9 +18,9 @@ from stoker.client.options import EmbedOptions
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
-from stoker.gateway.calls import Call, check_owner
+from stoker.gateway.calls import Call, check_owner, parsed
 from stoker.gateway.errors import Names, Refused
-from stoker.gateway.fields import Body, Items, parse
+from stoker.gateway.fields import Body, Items
 from stoker.gateway.waiting import Waiter
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Embedding:
 
 async def asked(call: Call) -> Embedding:
     """Raises `Refused`."""
-    body = parse(EmbeddingBody, call.body)
+    call, body = parsed(call, EmbeddingBody)
     model, adapter = call.model(body.model)
     if adapter is not None:
         message = f"model: {brief(body.model, 160)} given; embeddings have no adapters. Name the base alone."

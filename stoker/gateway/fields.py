@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from stoker.contract.shown import brief, cut
+from stoker.contract.wording import refusal
 from stoker.gateway.errors import Refused
 
 B = TypeVar("B", bound="Body")
@@ -55,6 +56,9 @@ class Body(BaseModel):
     #: Values of such fields by which programs ask for what is done anyway.
     IDLE: ClassVar[Mapping[str, object]] = {}
 
+    #: Values of fields that ask for what is done without them too, and are not their defaults.
+    USUAL: ClassVar[Mapping[str, object]] = {}
+
     @classmethod
     def asked(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `fields` that ask for something."""
@@ -64,6 +68,12 @@ class Body(BaseModel):
     def _is_idle(cls, name: str, value: object) -> bool:
         # For Python `True` is 1, and for JSON it is not.
         return name in cls.IDLE and type(value) is type(cls.IDLE[name]) and value == cls.IDLE[name]
+
+    def work(self) -> dict[str, Any]:
+        """What is asked for, as values by name: the same for two bodies that ask for the same, whether they say what is
+        usual or leave it out."""
+        fields = self.model_dump().items()
+        return {name: value for name, value in fields if value not in (None, [], {}) and value != self.USUAL.get(name)}
 
 
 def parse(body: type[B], raw: bytes) -> B:
@@ -107,23 +117,13 @@ def _check_known(body: type[Body], name: str) -> None:
 
 
 def _refusal(error: ValidationError) -> Refused:
-    problem: Any = error.errors()[0]
+    problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
-    if problem["type"] == "missing":
-        return Refused(400, f"{where}: missing; it has to be given.", param=where, code="missing_required_parameter")
     if problem["type"] == "extra_forbidden":
         message = f"{where}: not supported; leave it out."
         return Refused(400, message, param=where, code="unsupported_parameter")
-    if problem["type"] == "value_error":
-        said = problem["msg"].removeprefix("Value error, ")
-    elif problem["type"] == "too_short":
-        least = problem["ctx"]["min_length"]
-        said = f"{brief(problem['input'])} given; expected at least {least} item{'s' if least > 1 else ''}"
-    elif problem["type"] == "model_type":
-        said = f"{brief(problem['input'])} given; expected an object"
-    else:
-        said = f"{brief(problem['input'])} given; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-    return Refused(400, f"{where}: {said}.", param=where, code="invalid_value")
+    code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
+    return Refused(400, f"{where}: {refusal(problem)}.", param=where, code=code)
 
 
 def _is_branch(part: object) -> bool:

@@ -16,9 +16,9 @@ from stoker.contract import RerankResult
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
-from stoker.gateway.calls import Call, check_owner
+from stoker.gateway.calls import Call, check_owner, parsed
 from stoker.gateway.errors import Names, Refused
-from stoker.gateway.fields import Body, Items, parse
+from stoker.gateway.fields import Body, Items
 from stoker.gateway.waiting import Waiter
 
 NAMES = Names({"texts": "documents"})
@@ -67,7 +67,7 @@ class RerankBody(Body):
 
 async def answered(call: Call) -> Response:
     """Raises `Refused`."""
-    body = parse(RerankBody, call.body)
+    call, body = parsed(call, RerankBody)
     model, adapter = call.model(body.model)
     if adapter is not None:
         message = f"model: {brief(body.model, 160)} given; rerankers have no adapters. Name the base alone."

@@ -10,9 +10,9 @@ from pydantic import BeforeValidator, Field
 from stoker.client.options import GenerateOptions
 from stoker.contract.requests import MAX_ENTRIES
 from stoker.gateway.answers import Generation
-from stoker.gateway.calls import Call
+from stoker.gateway.calls import Call, parsed
 from stoker.gateway.errors import Names
-from stoker.gateway.fields import Body, Items, parse
+from stoker.gateway.fields import Body, Items
 from stoker.gateway.response_form import Asked, ResponsesForm
 from stoker.gateway.response_items import FunctionTool, Item, TextFormat, choice_of, conversation_of, items_of
 from stoker.gateway.sampling import TIERS, GenerateBody
@@ -55,6 +55,7 @@ class ResponsesBody(GenerateBody):
         "stream_options": {"include_obfuscation": False},
         "top_logprobs": 0,
     }
+    USUAL: ClassVar[Mapping[str, object]] = {"tool_choice": "auto"}
 
     input: Annotated[Items[Item], BeforeValidator(items_of)] = Field(min_length=1)
     instructions: str | None = None
@@ -96,7 +97,7 @@ class ResponsesBody(GenerateBody):
 
 async def asked(call: Call) -> Generation:
     """Raises `Refused`."""
-    body = parse(ResponsesBody, call.body)
+    call, body = parsed(call, ResponsesBody)
     model, adapter = call.model(body.model)
     said = Asked(body.temperature, body.top_p, body.instructions, body.max_output_tokens)
     form = ResponsesForm(call.named.id, body.model, body.choice(), body.tools, said)

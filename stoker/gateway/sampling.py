@@ -68,12 +68,21 @@ class GenerateBody(Body):
         options |= GenerateOptions(
             repetition_penalty=self.repetition_penalty, stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos, deadline=self.deadline, lookup=self.lookup,
-            # Stoker's own field is more exact than the vendor's.
-            priority=self.usual_priority if self.priority is None else self.priority,
+            priority=self.asked_priority,
         )  # fmt: skip
         if self.regex is not None:
             options["regex"] = self.regex
         return options
+
+    def work(self) -> dict[str, Any]:
+        fields = super().work()
+        fields.pop("service_tier", None)
+        return fields | {"priority": self.asked_priority}
+
+    @property
+    def asked_priority(self) -> int:
+        # Stoker's own field is more exact than the vendor's.
+        return self.usual_priority if self.priority is None else self.priority
 
     @property
     def usual_priority(self) -> int:

@@ -76,7 +76,7 @@ def check_broker(settings: Settings) -> Check:
             client.ping()
             info = client.info()
     except StokerError as error:
-        return Check("broker", False, str(error), "start it, or correct STOKER_URL")
+        return Check("broker", False, str(error), f"start it, or correct {settings.url_option}")
     finally:
         client.close()
     return judged(settings.address.shown, info)

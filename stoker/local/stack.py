@@ -16,7 +16,8 @@ from stoker.broker.loading import wait_until_loaded
 from stoker.client import Client
 from stoker.contract import Presence
 from stoker.contract.presence import node_of
-from stoker.errors import BrokerUnavailable, ConfigError, StokerError, WorkerUnavailable, from_wire
+from stoker.errors import BrokerUnavailable, ConfigError, StokerError, WorkerUnavailable
+from stoker.local import boot_errors
 from stoker.local.broker import PREFERRED_PORT, EmbeddedBroker, free_port
 from stoker.local.home import make_home
 from stoker.local.naming import take_name
@@ -36,8 +37,6 @@ RESTART_PAUSE = 2.0
 LONGEST_PAUSE = 60.0
 #: Seconds between two looks at the size of the broker's append-only file.
 COMPACT_EVERY = 60.0
-#: What a worker writes before the error that ended its boot (workers/celery/boot.py).
-ERROR_MARK = "stoker-error: "
 
 
 class Stack:
@@ -110,9 +109,11 @@ class Stack:
             self.joined = running.pid if running is not None and not self.settings.url else None
             return False
         if self.settings.url:
+            named = self.settings.url_option
+            without = f"{'unset' if named == 'STOKER_URL' else 'leave out'} {named}"
             raise BrokerUnavailable(
-                f"no answer from the broker at {self.settings.address.shown}, which STOKER_URL names. "
-                "Start it, or unset STOKER_URL to use the embedded one."
+                f"no answer from the broker at {self.settings.address.shown}, which {named} names. "
+                f"Start it, or {without} to use the embedded one."
             )
         return True
 
@@ -295,11 +296,7 @@ def worker_command(settings: Settings, name: str) -> list[str]:
 def _error_of(worker: Process) -> StokerError:
     """The error that a worker wrote when its boot failed."""
     output = worker.output()
-    for line in reversed(output.splitlines()):
-        if line.startswith(ERROR_MARK):
-            name, _, message = line.removeprefix(ERROR_MARK).partition(": ")
-            return from_wire(name, message)
-    return WorkerUnavailable(
+    return boot_errors.error_in(output, worker.returncode) or WorkerUnavailable(
         f"the worker ended before it was warm (exit code {worker.returncode}); its log {worker.log} ends with: "
         f"{output.strip()[-300:]}"
     )

@@ -220,7 +220,7 @@ OF_EMBEDDINGS = f"Allowed: {', '.join(EmbeddingBody.model_fields)}."
         ),
         (
             {"model": "m", "input": "a", "dimensions": "4"}, "dimensions", "invalid_value",
-            "dimensions: '4' given; input should be a valid integer.",
+            "dimensions: '4' given; expected a whole number.",
         ),
         (
             {"model": "m", "input": "a", "dimensons": 4}, "dimensons", "unknown_parameter",

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from stoker.contract.requests import GenerateRequest
 from stoker.gateway import anthropic, batches, chat, completions, embeddings, fine_tuning_body, rerank, responses
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import MOST_ITEMS, Body, parse
+from tests.stoker.test_wording import all_of, check_words, problems
 
 MESSAGE = {"role": "user", "content": "a"}
 MANY = 1000
@@ -90,3 +91,9 @@ def test_ids_of_a_prompt_are_looked_at_up_to_the_first_wrong_one() -> None:
     with pytest.raises(ValidationError) as wrong:
         GenerateRequest(model="m", prompt_ids=(-1,) * MANY)
     assert wrong.value.error_count() <= 2
+
+
+@pytest.mark.parametrize("body", all_of(BaseModel, "stoker.gateway"), ids=lambda one: one.__name__)
+def test_a_field_of_any_body_is_refused_in_words_that_pydantic_does_not_have(body: type[BaseModel]) -> None:
+    for problem in problems(body):
+        check_words(problem)

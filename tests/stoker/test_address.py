@@ -20,7 +20,7 @@ from stoker.broker import sentinel
 from stoker.broker.connection import connect, connect_async
 from stoker.celery_config import shared_config
 from stoker.errors import BrokerUnavailable, ConfigError
-from stoker.settings import Settings
+from stoker.settings import Settings, load_settings
 from tests.conftest import wait_until
 from workers.celery import transport
 
@@ -316,3 +316,12 @@ def test_the_sentinel_that_answered_is_asked_first_the_next_time(asyncio_too: bo
     assert [question(), question()] == [("there", 1)] * 2
     assert asked == ["one", "two", "two"]
     assert len(manager.sentinels) == 3
+
+
+@pytest.mark.parametrize("url", ["http://host", "redis://host/one", "redis://host/0?colour=red"])
+def test_an_address_is_refused_by_the_name_of_what_gave_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^url: "):
+        load_settings(url=url).address  # noqa: B018
+    monkeypatch.setenv("STOKER_URL", url)
+    with pytest.raises(ConfigError, match=r"^STOKER_URL: "):
+        load_settings().address  # noqa: B018

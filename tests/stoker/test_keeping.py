@@ -6,13 +6,19 @@ import json
 import logging
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from stoker.broker import keys
+from stoker.broker.connection import connect
+from stoker.cli import app
 from stoker.files.durable import remove_folder
 from stoker.local import keeping
-from stoker.local.keeping import over_limits, remove_over_limits
+from stoker.local.keeping import over_limits, remove_over_limits, sent_again
+from stoker.local.runs import StoredRun
 from stoker.settings import Settings, load_settings
 from tests.stoker.test_housekeeping import DAY, invoke, make_run
 from workers.services.housekeeping import Housekeeping
@@ -24,8 +30,13 @@ def limited(runs: int = 200, days: int = 90, megabytes: int = 20_480) -> Setting
     return load_settings(keep_runs=runs, keep_days=days, keep_megabytes=megabytes)
 
 
+def never(run: StoredRun) -> bool:
+    """No job was sent again."""
+    return False
+
+
 def removed(settings: Settings) -> set[str]:
-    return {leftover.path.name for leftover in remove_over_limits(settings, NOW)}
+    return {leftover.path.name for leftover in remove_over_limits(settings, NOW, never)}
 
 
 def names() -> set[str]:
@@ -63,7 +74,7 @@ def test_what_is_open_pinned_or_the_newest_of_its_adapter_stays_with_any_limits(
     make_run("newest", age=300 * DAY)
     make_run("only-of-another", "other", age=400 * DAY)
     make_run("goes", age=399 * DAY)
-    assert [found.path.name for found in over_limits(limited(runs=1, days=1, megabytes=1), NOW)] == ["goes"]
+    assert [found.path.name for found in over_limits(limited(runs=1, days=1, megabytes=1), NOW, never)] == ["goes"]
     assert removed(limited(runs=1, days=1, megabytes=1)) == {"goes"}
     invoke("runs", "pin", "pinned", "--off")
     assert removed(limited(runs=1, days=1, megabytes=1)) == {"pinned"}
@@ -83,7 +94,7 @@ def test_a_run_that_goes_on_meanwhile_is_left_to_its_worker(monkeypatch: pytest.
     """Its job was sent again between the look and the removal."""
     folder = make_run("again", age=400 * DAY)
     make_run("new")
-    found = over_limits(limited(), NOW)
+    found = over_limits(limited(), NOW, never)
     (folder / "run.json").write_text(json.dumps({"request": {"name": "style", "steps": 1}, "status": "running"}))
     monkeypatch.setattr(keeping, "over_limits", lambda *_: found)
     assert removed(limited()) == set()
@@ -101,7 +112,7 @@ def test_a_run_that_another_process_removes_meanwhile_is_left_to_it(monkeypatch:
         remove_folder(folder)
 
     monkeypatch.setattr(keeping, "remove_folder", raced)
-    gone = keeping.remove_over_limits(settings, time.time())
+    gone = keeping.remove_over_limits(settings, time.time(), never)
     assert [leftover.path.name for leftover in gone] == ["job-1", "job-2"]
 
 
@@ -109,7 +120,7 @@ def test_a_worker_removes_them_and_says_so(caplog: pytest.LogCaptureFixture) -> 
     make_run("old", age=91 * DAY)
     make_run("new")
     with caplog.at_level(logging.INFO):
-        Housekeeping(load_settings()).round()
+        Housekeeping(load_settings(), never).round()
     assert names() == {"new"}
     assert "old: removed (a run of style beyond what is kept)" in caplog.text
 
@@ -135,3 +146,44 @@ def test_adapters_of_one_name_and_of_different_models_have_each_a_newest_run() -
         (folder / "run.json").write_text(json.dumps({**facts, "request": {**facts["request"], "model": model}}))
         os.utime(folder / "run.json", (changed, changed))
     assert removed(limited(runs=1)) == set()
+
+
+def test_a_failed_run_whose_job_was_sent_again_stays_until_that_has_ended(broker: Settings) -> None:
+    for number, run in enumerate(("waits", "failed", "done")):
+        make_run(run, status="done" if run == "done" else "failed", age=(400 + number) * DAY)
+    make_run("new")
+    with closing(connect(broker)) as redis:
+        for run in ("waits", "failed", "done"):
+            redis.hset(keys.job(run), "kind", "train")
+            redis.expire(keys.job(run), 60)
+        redis.set(keys.result("failed"), "{}", ex=60)
+        Housekeeping(limited(), sent_again(redis)).round()
+        assert names() == {"waits", "new"}
+        redis.set(keys.result("waits"), "{}", ex=60)
+        Housekeeping(limited(), sent_again(redis)).round()
+        assert names() == {"new"}
+
+
+def test_clean_leaves_a_failed_run_whose_job_was_sent_again(broker: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run("waits", status="failed", age=400 * DAY)
+    make_run("done", age=400 * DAY)
+    make_run("new")
+    monkeypatch.setenv("STOKER_URL", broker.address.url)
+    with closing(connect(broker)) as redis:
+        redis.hset(keys.job("waits"), "kind", "train")
+        redis.expire(keys.job("waits"), 60)
+    assert "1 runs and logs deleted" in invoke("clean")
+    assert names() == {"waits", "new"}
+
+
+def test_clean_leaves_failed_runs_where_the_broker_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for run in ("one", "other"):
+        make_run(run, status="failed", age=400 * DAY)
+    make_run("done", age=400 * DAY)
+    make_run("new")
+    monkeypatch.setenv("STOKER_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("STOKER_PATIENCE", "0")
+    done = CliRunner().invoke(app, ["clean"])
+    assert done.exit_code == 0, done.output
+    assert names() == {"one", "other", "new"}
+    assert done.stderr.count("runs that failed stay") == 1

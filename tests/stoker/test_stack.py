@@ -12,8 +12,9 @@ import pytest
 from stoker.contract import Presence
 from stoker.errors import BrokerUnavailable, ModelError, WorkerUnavailable
 from stoker.local import stack as stacks
+from stoker.local.boot_errors import line_of
 from stoker.local.broker import PREFERRED_PORT
-from stoker.local.stack import COMPACT_EVERY, ERROR_MARK, RESTART_PAUSE, Stack
+from stoker.local.stack import COMPACT_EVERY, RESTART_PAUSE, Stack
 from stoker.settings import RunningBroker, Settings, load_settings
 
 URL = "redis://127.0.0.1:1/0"
@@ -157,6 +158,25 @@ def test_a_stack_takes_nothing_from_the_environment_that_its_settings_do_not_say
     assert world.child("worker").env["STOKER_ARTIFACTS"] == ""
 
 
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        (URL, r"which STOKER_URL names\. Start it, or unset STOKER_URL to use the embedded one\."),
+        (None, r"which --url names\. Start it, or leave out --url to use the embedded one\."),
+        ("redis://127.0.0.1:9/0", r"which --url names\."),
+    ],
+)
+def test_a_broker_that_is_away_is_blamed_on_what_named_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, said: str
+) -> None:
+    monkeypatch.setattr(stacks, "answers", lambda settings: False)
+    if variable is not None:
+        monkeypatch.setenv("STOKER_URL", variable)
+    settings = load_settings(home=tmp_path / "home", url=URL)
+    with pytest.raises(BrokerUnavailable, match=said), Stack(settings, flower=False):
+        pass
+
+
 def test_one_that_is_started_while_another_starts_waits_for_its_broker_and_joins_it(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +262,7 @@ def test_another_worker_that_is_warm_is_not_the_one_that_is_waited_for(world: Wo
 def test_a_worker_that_ends_before_it_is_warm_says_why(world: World, stack: Stack) -> None:
     stack.start_worker()
     child = world.child("worker")
-    child.returncode, child.said = 5, f"a line\n{ERROR_MARK}ModelError: /m: no such folder\nanother\n"
+    child.returncode, child.said = 5, f"a line\n{line_of('/m: no such folder')}\nanother\n"
     with pytest.raises(ModelError, match=r"^/m: no such folder$"):
         stack.wait_until_warm()
     child.said = "killed"
@@ -267,7 +287,7 @@ def test_a_worker_that_dies_before_it_is_warm_again_takes_nothing_with_it(world:
 
     def dies() -> None:
         world.child("worker").returncode = 137
-        world.child("worker").said = f"{ERROR_MARK}ModelError: no memory"
+        world.child("worker").said = line_of("no memory")
 
     def appears() -> None:
         world.appears("third")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,63 @@ def test_the_doctor_says_when_a_model_needs_more_memory_than_there_is() -> None:
     assert "quantize" in found.remedy
     needed = inspect(path).weight_bytes["32 bit"]
     assert [doctor.memory_check("m", path, "32 bit", memory).ok for memory in (needed, needed + 1)] == [False, True]
+
+
+ARCHITECTURES = Path(__file__).parents[1] / "goldens" / "architectures"
+LARGE, OTHER = (f"{ARCHITECTURES / name}" for name in ("llama-linear", "bert"))
+
+
+@pytest.mark.parametrize(
+    ("drafts", "fault"),
+    [
+        ("large=/nowhere/small", "small cannot draft for large: /nowhere/small: no such file or folder"),
+        ("large=hf:nobody/small", "small cannot draft for large: .*nobody/small is not in the local cache"),
+        (f"large={OTHER}", "it makes embeddings, and only models that generate draft"),
+        (f"large={GENERATE_MODEL}", "token 0 is .*Both need one vocabulary"),
+        ("large=small", "small is no model of this worker or of the catalogue"),
+        ("large", "write MODEL=DRAFT"),
+        ("bert=large", "large cannot draft for bert: bert: large is to draft for it, and it makes embeddings"),
+    ],
+)
+def test_the_doctor_says_why_a_model_cannot_draft(drafts: str, fault: str) -> None:
+    settings = load_settings(models=(f"large={LARGE}", OTHER), draft_models=(drafts,))
+    (check,) = doctor.draft_checks(settings)
+    assert not check.ok
+    assert re.search(fault, check.detail)
+    assert "correct STOKER_DRAFT_MODELS" in check.remedy
+
+
+def test_the_doctor_says_what_drafts_and_whether_both_models_fit() -> None:
+    settings = load_settings(models=(f"large={LARGE}",), draft_models=(f"large={LARGE}", f"elsewhere={LARGE}"))
+    here, elsewhere = doctor.draft_checks(settings)
+    assert here.ok
+    assert "llama-linear drafts for large" in here.detail
+    assert elsewhere.detail == "llama-linear drafts for elsewhere, if this worker is asked to load it"
+    both = 2 * inspect(Path(LARGE)).weight_bytes["32 bit"]
+    assert [doctor.draft_checks(settings, memory)[0].ok for memory in (both, both + 1)] == [False, True]
+    assert doctor.draft_checks(load_settings()) == []
+
+
+def test_the_doctor_says_what_is_wrong_with_the_models_of_the_settings() -> None:
+    settings = load_settings(models=("no-such",))
+    (check,) = doctor.model_checks(settings)
+    assert (check.ok, check.remedy) == (False, "correct STOKER_MODELS")
+    assert "the catalogue has" in check.detail
+    assert doctor.draft_checks(settings) == [], "it is said once"
+
+
+def test_all_that_the_doctor_looks_at_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_MODELS", f"large={LARGE}")
+    monkeypatch.setenv("STOKER_DRAFT_MODELS", f"large={OTHER}")
+    monkeypatch.setattr(doctor, "boot_blas", lambda settings: BlasReport(False, "", "no OpenBLAS was found"))
+    found = [(check.name, check.ok) for check in doctor.checks()]
+    assert found == [("mlx", True), ("blas", True), ("kernels", True), ("model", True), ("draft", False)]
+
+
+def test_the_doctor_downloads_nothing() -> None:
+    (check,) = doctor.model_checks(load_settings(models=("far=hf:nobody/far",)))
+    assert not check.ok
+    assert "nobody/far is not in the local cache, and `stoker models pull hf:nobody/far` downloads it" in check.detail
 
 
 def test_what_is_set_in_megabytes_is_held_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from kernels import registry
 from stoker import errors
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
+from stoker.local import boot_errors
 from stoker.settings import Settings, load_settings
 from tests.workers.carrying import RunFolder, Worker, asked
 from tests.workers.test_frame import Worker as Frame
@@ -291,6 +292,38 @@ def test_a_step_that_ends_lets_its_runtime_go(broker: Settings) -> None:
         step.stop(None)
         with pytest.raises(errors.WorkerUnavailable, match="no engine"):
             frame.context.runtime.cancel("job")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.ConfigError("STOKER_METRICS: 9464 given; the port is taken."),
+        errors.ModelError("none of the model's sources is available:\n  /a: no such folder\n  /b: no such folder"),
+        errors.BrokerUnavailable("no answer."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_worker_that_cannot_start_says_why_in_one_sentence_that_stoker_up_reads(
+    broker: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: errors.StokerError
+) -> None:
+    def fail(settings: Settings) -> None:
+        raise error
+
+    monkeypatch.setattr(boot, "check_broker", fail)
+    frame = Frame(broker)
+    with closing(frame):
+        step: Any = boot.EngineStep(SimpleNamespace(app=SimpleNamespace(context=frame.context)))
+        with pytest.raises(SystemExit) as ended:
+            step.start(SimpleNamespace(hostname="w@here"))
+    said = capsys.readouterr().err
+    assert ended.value.code == error.exit_code
+    assert "Error" not in said, "the name of a class is for programs"
+    (line,) = [line for line in said.splitlines() if line.startswith("stoker: the worker cannot start: ")]
+    found = boot_errors.error_in(f"before\n{said}behind\n", error.exit_code)
+    assert type(found) is type(error)
+    assert str(found) in line
+    assert str(found).split() == " ".join(str(error).split()).split()
+    assert boot_errors.error_in("killed", 137) is None
 
 
 # Dead letters of messages

@@ -15,7 +15,8 @@ from stoker.broker import keys, registry
 from stoker.broker.connection import connect
 from stoker.broker.registry import UNLOADED, UNLOADED_TTL
 from stoker.settings import Settings
-from workers.unloaded import STAY, round_of, sweep
+from workers.artifacts import Artifacts
+from workers.unloaded import STAY, round_of, sweep, sweep_store
 
 STYLE = keys.adapter("m", "style")
 
@@ -89,10 +90,52 @@ def test_a_record_that_another_program_wrote_over_hinders_no_other(redis: Any, r
     assert sweep(root, redis) == [root / "m" / "style" / "1"]
 
 
+def running(broker: Settings, root: Path, redis: Any, **settings: Any) -> Any:
+    engine = SimpleNamespace(cards=[SimpleNamespace(model="m")])
+    return SimpleNamespace(
+        settings=broker.model_copy(update={"home": root.parent, **settings}), redis=redis, engine=engine
+    )
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_what_was_unloaded_goes_from_the_artifact_store_too(
+    broker: Settings, redis: Any, root: Path, scheme: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = running(broker, root, redis, artifacts=f"{scheme}://{root.parent}/store")
+    store = Artifacts(runtime.settings, redis)
+    round_of(runtime)
+    for model in ("m", "elsewhere"):
+        for version in range(1, 5):
+            store.put(model, "style", version, b"weights")
+    known(redis, 1, 2, 3)
+    unload(redis, 1)
+    unload(redis, 2, ago=STAY - 60)
+    with caplog.at_level(logging.INFO, logger="workers.unloaded"):
+        round_of(runtime)
+    assert [version for version in range(1, 5) if store.get("m", "style", version) is None] == [1]
+    assert store.get("elsewhere", "style", 1) is not None, "its own worker looks for it"
+    assert "m/style/1.safetensors: removed from the artifact store, for the version was unloaded" in caplog.messages
+    caplog.clear()
+    round_of(runtime)
+    assert not caplog.messages
+
+
+def test_another_programs_folders_in_the_store_hinder_no_adapter(broker: Settings, redis: Any, root: Path) -> None:
+    runtime = running(broker, root, redis, artifacts=f"file://{root.parent}/store")
+    (root.parent / "store" / "m" / "No Name").mkdir(parents=True)
+    (root.parent / "store" / "m" / "file").write_text("x")
+    store = Artifacts(runtime.settings, redis)
+    store.put("m", "style", 1, b"weights")
+    known(redis, 1)
+    unload(redis, 1)
+    assert sweep_store(store, ["m"], redis) == ["m/style/1.safetensors"]
+    assert sweep_store(Artifacts(broker, redis), ["m"], redis) == [], "the broker keeps its own"
+
+
 def test_a_round_says_what_went(broker: Settings, redis: Any, root: Path, caplog: pytest.LogCaptureFixture) -> None:
     known(redis, 1)
     unload(redis, 1)
-    runtime: Any = SimpleNamespace(settings=broker.model_copy(update={"home": root.parent}), redis=redis)
+    runtime = running(broker, root, redis)
     with caplog.at_level(logging.INFO, logger="workers.unloaded"):
         round_of(runtime)
     assert caplog.messages == [f"{root / 'm' / 'style' / '1'}: removed, for the version was unloaded"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stoker.local.keeping import SentAgain
 from stoker.local.storage import Leftover
 from stoker.settings import Settings
 from workers.services import housekeeping
@@ -19,14 +20,14 @@ def test_what_went_is_in_the_log_with_its_reason_and_its_megabytes(
     gone = [Leftover(Path("/runs/a"), "a run beyond what is kept", 3 * 2**20)]
     moments: list[float] = []
 
-    def remove(settings: Settings, now: float) -> list[Leftover]:
+    def remove(settings: Settings, now: float, again: SentAgain) -> list[Leftover]:
         moments.append(now)
         return gone
 
     monkeypatch.setattr(housekeeping, "remove_over_limits", remove)
     monkeypatch.setattr(time, "time", lambda: 7.0)
     with caplog.at_level("INFO"):
-        Housekeeping(Settings()).round()
+        Housekeeping(Settings(), lambda run: False).round()
     assert moments == [7.0]
     assert caplog.messages == ["/runs/a: removed (a run beyond what is kept), 3.0 MB"]
 

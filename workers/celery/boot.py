@@ -21,7 +21,8 @@ from celery.worker import components, state
 from stoker.broker import keys
 from stoker.contract.kinds import KINDS
 from stoker.errors import StokerError
-from stoker.local.stack import ERROR_MARK
+from stoker.local import boot_errors
+from stoker.local.keeping import sent_again
 from stoker.logs.redaction import Redactor, secrets_of
 from stoker.logs.setup import configure
 from stoker.settings import Settings
@@ -88,8 +89,8 @@ class EngineStep(bootsteps.StartStopStep):
         heart.start()
         Background("pinned prefixes", pinned.round, stopped=running.stopped, every=PINS_EVERY).start()
         sweeps = (partial(run_sweep.round_of, running), partial(unloaded.round_of, running))
-        rounds = (Housekeeping(self._context.settings).round, *sweeps)
-        Background("housekeeping", *rounds, stopped=running.stopped, every=EVERY).start()
+        kept = Housekeeping(self._context.settings, sent_again(running.redis))
+        Background("housekeeping", kept.round, *sweeps, stopped=running.stopped, every=EVERY).start()
         rest = resting.Resting.in_this_process(self._context.lanes)
         Background("resting", rest.round, stopped=running.stopped, every=resting.EVERY).start()
         overtaking = Overtaking(running, self._context.lanes, running.settings.extra_slots)
@@ -109,7 +110,7 @@ class EngineStep(bootsteps.StartStopStep):
         except StokerError as error:
             # One line that `stoker up` and people can read, and no traceback: the message says what to do.
             said = Redactor(secrets_of(settings))(str(error))
-            print(f"{ERROR_MARK}{type(error).__name__}: {said}", file=sys.stderr, flush=True)
+            print(boot_errors.line_of(said), file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
 
     def _guard_delivery(self, running: Runtime) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from stoker.local.keeping import remove_over_limits
+from stoker.local.keeping import SentAgain, remove_over_limits
 from stoker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -17,9 +17,9 @@ EVERY = 3600.0
 class Housekeeping:
     """Several workers of one STOKER_HOME may do it at once: what one of them removes, the others do not find."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, again: SentAgain) -> None:
+        self._settings, self._again = settings, again
 
     def round(self) -> None:
-        for gone in remove_over_limits(self._settings, time.time()):
+        for gone in remove_over_limits(self._settings, time.time(), self._again):
             log.info("%s: removed (%s), %.1f MB", gone.path, gone.reason, gone.bytes / 2**20)
