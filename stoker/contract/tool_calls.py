@@ -31,6 +31,10 @@ _OPENERS = (_OPENER, "<|python_tag|>", "[TOOL_CALLS]")
 _MARKS = re.compile(rf'\\.|"|{_CLOSER}|{_OPENER}', re.DOTALL)
 #: The same of Qwen3-Coder's form, none longer than the closer.
 _XML_MARKS = re.compile(f"{VALUE}|{VALUE_END}|{_CLOSER}|{_OPENER}")
+#: What matters to where an object of JSON ends.
+_BRACES = re.compile(r'\\.|["{}]', re.DOTALL)
+#: A call in JSON that begins with its name.
+_NAME = re.compile(r'\s*(?:\[\s*)?\{\s*"name"\s*:\s*"([^"\\]*)"')
 #: Fields of a call; some models write the last two as well.
 _FIELDS = frozenset({"name", "arguments", "parameters", "id", "type"})
 #: How the JSON of calls begins, without its blanks.
@@ -61,14 +65,18 @@ class CallReader:
         self._bare, self._last = 0, ""
         #: How far that call was looked through, and whether a string of its JSON, or a value of its XML, is open there.
         self._seen, self._quoted = 0, False
+        #: Of a call without a closer: where its newest object begins, where its last whole one ends, and how many
+        #: braces are open.
+        self._object, self._whole, self._depth = 0, 0, 0
         #: Blanks before a text or a call; next to calls they say nothing.
         self._blank, self._silent, self._called = "", True, False
 
     def feed(self, text: str) -> list[Part]:
         self._held += text
         parts = self._parts(ended=False)
-        self._last = self._before(self._at)
+        self._last, passed = self._before(self._at), self._at
         self._held, self._seen, self._at = self._held[self._at :], self._seen - self._at, 0
+        self._object, self._whole = self._object - passed, self._whole - passed
         return parts
 
     def finish(self) -> list[Part]:
@@ -92,7 +100,7 @@ class CallReader:
             self._at = end
             return False
         self._say(parts, self._held[self._at : found.start()])
-        self._quoted = False
+        self._quoted, self._depth = False, 0
         if found.group() in _OPENERS:
             self._at = self._seen = found.end()
             self._opener = found.group()
@@ -149,7 +157,37 @@ class CallReader:
                 elif not self._quoted:
                     return mark.start()
             self._seen = max(self._seen, len(self._held) - len(_CLOSER) + 1)
+        elif not ended and not self._goes_on():
+            return len(self._held)
         return len(self._held) if ended else None
+
+    def _goes_on(self) -> bool:
+        """Whether a call that goes to the end of the answer may do so still: each object of it is a call, and nothing
+        stands behind that is none. What is text is known where the first one is not."""
+        for mark in _BRACES.finditer(self._held, self._seen):
+            # A part of an escaped character may be the last that is here.
+            self._seen = mark.end()
+            if mark.group() == '"' and self._depth:
+                self._quoted = not self._quoted
+            elif mark.group() == "{" and not self._quoted:
+                self._object = self._object if self._depth else mark.start()
+                self._depth += 1
+            elif mark.group() == "}" and not self._quoted:
+                self._depth -= 1
+                self._whole = mark.end()
+                if self._depth <= 0 and not self._is_call():
+                    return False
+        behind = "".join(self._held[self._whole : self._whole + _TELLING].split())
+        if self._depth or self._whole <= self._at or not behind:
+            return True
+        if self._beginning().startswith("["):
+            return behind.startswith(",") or behind == "]"
+        return any(behind[: len(form)] == form[: len(behind)] for form in (*_OPENERS, *self._named))
+
+    def _is_call(self) -> bool:
+        """Whether the last whole object is a call, or the arguments of one."""
+        begin = self._object if self._beginning().startswith("[") else self._at
+        return self._depth == 0 and bool(self._calls(self._held[begin : self._whole]))
 
     def _say(self, parts: list[Part], text: str) -> None:
         if self._silent:
@@ -171,6 +209,9 @@ class CallReader:
         return "".join(self._held[self._at : self._at + _TELLING].split())
 
     def _may_be_call(self) -> bool:
+        named = _NAME.match(self._held, self._at)
+        if named is not None and named[1] not in self._functions:
+            return False
         begins = self._beginning()
         forms = (*_BEGINNINGS, XML) if self._opener == _OPENER else (*_BEGINNINGS, *self._named)
         return any(begins[: len(form)] == form[: len(begins)] for form in forms)

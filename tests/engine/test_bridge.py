@@ -379,7 +379,9 @@ def dtypes(network: nn.Module) -> Iterator[tuple[str, mx.Dtype]]:
         ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported: mlx-lm computes silu"),
         ({"rope_scaling": {"type": "spiral"}}, "rope_scaling of type 'spiral' is not supported; default"),
         ({"num_hidden_layers": 5}, "Missing 6 parameters: model.layers.4"),
-        ({"num_hidden_layers": "many"}, "mlx-lm's phi3 cannot be made of it"),
+        ({"num_hidden_layers": "2"}, 'mlx-lm\'s phi3 cannot be made of it .* its numbers: num_hidden_layers is "2"$'),
+        ({"intermediate_size": 0}, "phi3 cannot be made of it .* its numbers: intermediate_size is 0$"),
+        ({"intermediate_size": -1}, "phi3 cannot be made of it .* its numbers: intermediate_size is -1$"),
         ({"quantization_config": {"quant_method": "hqq"}}, "hqq.* is not supported: MLX's own, mxfp4"),
         ({"quantization_config": "4bit"}, "4bit is not supported: MLX's own, mxfp4"),
         (

@@ -184,6 +184,31 @@ def test_a_text_passes_at_once_and_what_may_be_a_marker_is_held_back() -> None:
     assert CallReader(NAMES).feed('{"a": 1') == ['{"a": 1'], "JSON that begins as no call does"
 
 
+@pytest.mark.parametrize(
+    ("held", "then", "said"),
+    [
+        # JSON that has the name of no function is text as soon as that is there.
+        ('{"name": "Bon', 'n", ', '{"name": "Bonn", '),
+        ('[{"name": "Bon', 'n", ', '[{"name": "Bonn", '),
+        # An object that is no call; and one that is, with a text behind it.
+        ('{"type": "function", "id": "7"', "} Yes", '{"type": "function", "id": "7"} Yes'),
+        ('time{"a": "}"}', " is so", 'time{"a": "}"} is so'),
+        ("time{}\ntime{", "1}", "time{}\ntime{1}"),
+        ("[TOOL_CALLS]time{}", "!", "[TOOL_CALLS]time{}!"),
+        (CALL, "!", f"{CALL}!"),
+        (f"[{CALL}, {OTHER}", "]]", f"[{CALL}, {OTHER}]]"),
+        (f"[{CALL}, {{", "}", f"[{CALL}, {{}}"),
+    ],
+)
+def test_what_begins_as_a_call_and_is_none_is_passed_on_as_soon_as_that_is_known(
+    held: str, then: str, said: str
+) -> None:
+    reader = CallReader(NAMES)
+    assert reader.feed(held) == [], "it may be a call still"
+    assert "".join(map(str, reader.feed(then))) == said
+    assert reader.feed(" and on") == [" and on"]
+
+
 def test_without_parallel_calls_the_first_one_is_the_only_one() -> None:
     for text in (f"a{hermes(CALL)}{hermes(OTHER)}b", f"a{hermes(f'[{CALL}, {OTHER}]')}b"):
         assert read(text, parallel=False) == ["a", WEATHER, "b"]
@@ -193,7 +218,8 @@ PIECES = st.lists(
     st.sampled_from(
         ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<", "\n", '"', "\\", "{", "}", "[", "]", ",",
          "Hm. ", '{"name": "weather", "arguments": {"town": "', '"}}', CALL, OTHER, hermes(CALL),
-         f"[{CALL},{OTHER}]", '{"name"', "[ARGS]", "time", 'weather[ARGS]{"town": "Bonn"}', xml("time"),
+         f"[{CALL},{OTHER}]", '{"name"', "time{}", '{"name": "x"', "}", " ", "[CALL_ID]a1",
+         "[ARGS]", "time", 'weather[ARGS]{"town": "Bonn"}', xml("time"),
          "<function=time>", "<parameter=a>", "</parameter>", "</function>"]
     ),
     max_size=12,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -38,6 +39,23 @@ def spelled(config: Mapping[str, Any], file: str) -> dict[str, Any]:
     return respelled(config, file, read_names(file, names))
 
 
+def _odd_numbers(config: Mapping[str, Any], arguments: Any) -> str:
+    """For behind an error that names no field: those whose number is a text, true or false, or not above 0."""
+    wanted = {each.name for each in fields(arguments) if re.search(r"\b(int|float)\b", str(each.type))}
+    values = {name: value for name, value in config.items() if name in wanted and not name.endswith("token_id")}
+    for name, inner in config.items():
+        if isinstance(inner, Mapping):
+            values |= {f"{name}.{key}": value for key, value in inner.items() if not isinstance(value, bool)}
+    odd = [f"{name} is {json.dumps(value)}" for name, value in values.items() if _is_odd(value)]
+    return f". Look at its numbers: {', '.join(odd)}" if odd else ""
+
+
+def _is_odd(value: object) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"\s*-?[\d.]+\s*", value) is not None
+    return isinstance(value, bool) or (isinstance(value, int | float) and value <= 0)
+
+
 def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
     """(mlx-lm's network with random weights, its arguments). Raises `ModelError`."""
     module = package.load(file)
@@ -49,6 +67,7 @@ def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
     except Exception as error:
         raise ModelError(
             f"config.json: mlx-lm's {file} cannot be made of it ({type(error).__name__}: {str(error)[:300]})"
+            f"{_odd_numbers(config, module.ModelArgs)}"
         ) from error
     ropes.correct(network, file, config)
     activations.correct(network, file, config)

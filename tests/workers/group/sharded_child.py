@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MODELS = ("tiny", "odd", "recurrent")
 #: Seconds that a job may take: three ranks have a core each on few machines, and a token has a dozen exchanges.
 PATIENCE = 120
+#: Tokens of a stream that is cancelled before it has them, on any machine; and those of one next to a run that are
+#: compared.
+ENDLESS, COMPARED = 3000, 60
 #: Long enough for the prefix cache.
 PROMPT = tuple(3 + n * 7 % 20 for n in range(40))
 
@@ -83,7 +86,7 @@ def scenario(engine: Engine, streams: Streams, model: str) -> dict[str, Any]:
 
     requests = {name: asking(model, **options) for name, options in REQUESTS.items()}
     tickets = {name: engine.submit(name, request) for name, request in requests.items()}
-    endless = engine.submit("endless", asking(model, max_tokens=3000))
+    endless = engine.submit("endless", asking(model, max_tokens=ENDLESS))
     with streams.changed:
         assert streams.changed.wait_for(lambda: len(streams.found["endless"]) > 4, PATIENCE)
     endless.cancel()
@@ -127,7 +130,8 @@ LINES = b"\n".join(
 def training(engine: Engine, streams: Streams) -> dict[str, Any]:
     """Next to a stream: `begun`, a run that may have been left by others; `left`, one that is left in its middle; one
     that is cancelled. Then what the adapter of the first one writes."""
-    stream = engine.submit("next to it", asking(MODELS[0], max_tokens=60, temperature=1.0, seed=2))
+    # How many tokens come before a run's first report hangs on the machine: the stream lasts until there is one.
+    stream = engine.submit("next to it", asking(MODELS[0], max_tokens=ENDLESS, temperature=1.0, seed=2))
     with streams.changed:
         # One that is cancelled must not come to its end before.
         steps = {"left": {}, "gone": {"steps": 1000}, "begun": {}}
@@ -139,6 +143,8 @@ def training(engine: Engine, streams: Streams) -> dict[str, Any]:
 
         def stop_others(job: str, report: TrainReport) -> None:
             tokens_before.append(len(streams.found["next to it"]))
+            if tokens_before[-1] >= COMPARED:
+                stream.cancel()
             # A step of `left` is under way by then; where no other run had a turn meanwhile, one is behind it.
             if 1 in streams.reports["left"] and (job != "left" or len(streams.reports["left"]) > 1):
                 submitted["left"].cancel(WorkerUnavailable("the worker drains."))
@@ -149,14 +155,20 @@ def training(engine: Engine, streams: Streams) -> dict[str, Any]:
     for job in ("left", "gone"):
         with suppress(WorkerUnavailable, JobCancelled):
             submitted[job].result(PATIENCE)
+    with streams.changed:
+        assert streams.changed.wait_for(lambda: len(streams.found["next to it"]) >= COMPARED, PATIENCE)
+    stream.cancel()
+    engine.wake()
+    with suppress(JobCancelled):
+        stream.result(PATIENCE)
     written = engine.submit("written", asking(MODELS[0], adapter=f"style@{result.version}", max_tokens=20)).result(
         PATIENCE
     )
     return {
         "losses": losses(streams, "begun"),
         "ended": {job: type(ticket.error).__name__ for job, ticket in submitted.items()},
-        "stream": list(stream.result(PATIENCE).token_ids),
-        "alternated": tokens_before[0] < 60,
+        "stream": streams.ids("next to it")[:COMPARED],
+        "alternated": tokens_before[0] < ENDLESS,
         "written": list(written.token_ids),
     }
 
