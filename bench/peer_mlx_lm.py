@@ -14,10 +14,10 @@ from typing import Any
 
 
 def main() -> None:
-    # The same BLAS as on Stoker's side; before MLX, which binds to what it finds.
+    # The same BLAS as on Stoker's side, without its own products; before MLX, which binds to what it finds.
     from engine.platform import blas
 
-    report = blas.boot(library=os.environ.get("STOKER_BLAS", ""))
+    report = blas.boot(library=os.environ.get("STOKER_BLAS", ""), own=False)
     import mlx.core as mx
     from mlx_lm.generate import BatchGenerator, generate_step
     from mlx_lm.utils import load_model

@@ -11,6 +11,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from engine.models.fastmath import frozen_rms_norm, layer_norm
+from engine.platform.compiler import on_cpu
 from engine.weights.quantized import QuantizedTensor, dequantize
 from engine.weights.tensors import Tensors
 from kernels.add_layer_norm import KERNEL as ADD_LAYER_NORM
@@ -48,7 +49,7 @@ class RowAdapters(Protocol):
 
 
 class Linear:
-    """y = x·W + b, with W stored [in, out]: a row of W is then read in order when there are few rows of x."""
+    """y = x·W + b, with W (in, out)."""
 
     def __init__(self, name: str, weight: mx.array, bias: mx.array | None = None):
         #: The full dotted path, such as `layers.3.self_attn.q_proj`; adapters are keyed by it.
@@ -121,7 +122,8 @@ class FusedLinear:
 
     def __init__(self, linears: Sequence[Linear]):
         self._linears = tuple(linears)
-        self._weight = _side_by_side([linear.weight for linear in linears], by_column=bool(mx.cuda.is_available()))
+        by_column = on_cpu() or bool(mx.cuda.is_available())
+        self._weight = _side_by_side([linear.weight for linear in linears], by_column=by_column)
         biases = [linear.bias for linear in linears if linear.bias is not None]
         self._bias = mx.concatenate(biases) if biases else None
         mx.eval(self._weight, *([] if self._bias is None else [self._bias]))
@@ -156,7 +158,8 @@ class FusedLinear:
 
 def _side_by_side(weights: Sequence[mx.array], *, by_column: bool) -> mx.array:
     """(in, sum of out). `by_column`: laid out so that the part of each layer is one piece of memory: MLX on CUDA copies
-    any other part of a matrix before it multiplies by it, the weights of a whole model twice in a training step."""
+    any other part of a matrix before it multiplies by it, the weights of a whole model twice in a training step. On a
+    CPU it is the order that the weights have."""
     if not by_column:
         return mx.concatenate(list(weights), axis=1)
     return mx.concatenate([weight.T for weight in weights]).T

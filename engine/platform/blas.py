@@ -3,7 +3,8 @@
 The Linux wheel of MLX links the reference BLAS (2 to 4 GFLOP/s on two cores); OpenBLAS is 30 to 40 times faster. The
 package `scipy-openblas32` carries OpenBLAS, but with its functions called `scipy_cblas_sgemm` and so on. `boot` writes
 a copy with the plain names into a cache and loads it for the whole process, before MLX is loaded, so that MLX's
-calls bind to it. On macOS (Accelerate, Metal) and with MLX CUDA there is nothing to do.
+calls bind to it. Before it comes `few_rows`, which takes the products that OpenBLAS is slow at. On macOS (Accelerate,
+Metal) and with MLX CUDA there is nothing to do.
 
 Nothing here raises: without a fast BLAS the engine is slow, not wrong.
 """
@@ -23,7 +24,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.platform import few_rows
 from engine.platform.elf import ElfError, strip_prefix
+from engine.platform.few_rows import trusted
 from stoker.files.durable import write_whole
 
 log = logging.getLogger(__name__)
@@ -45,18 +48,21 @@ class BlasReport:
 
 
 _loaded: ctypes.CDLL | None = None
+#: What stands before it, with its file.
+_before: tuple[ctypes.CDLL, Path] | None = None
 _report: BlasReport | None = None
 
 
-def boot(threads: int | None = None, *, cache: Path | None = None, library: str = "") -> BlasReport:
+def boot(threads: int | None = None, *, cache: Path | None = None, library: str = "", own: bool = True) -> BlasReport:
     """Make MLX's CPU back-end use OpenBLAS; call it before anything imports `mlx.core`.
 
     `threads`: OpenBLAS's thread count; if None, one fewer than there are cores: its threads wait for each other by
     spinning, and a product is 20 times slower once one of them finds no core. `cache`: where the renamed copy is kept,
     `~/.stoker/cache` if None. `library`, a value of STOKER_BLAS: `off`, the path of an OpenBLAS with plain names, or
-    nothing. A second call changes the thread count only. Never raises.
+    nothing. `own`: with the products of `few_rows` where they can be compiled. A second call changes the thread count
+    only. Never raises.
     """
-    global _loaded, _report
+    global _loaded, _before, _report
     if _report is not None and _report.active:
         if threads:
             set_threads(threads)
@@ -66,9 +72,11 @@ def boot(threads: int | None = None, *, cache: Path | None = None, library: str 
         if path is None:
             _report = BlasReport(False, "", reason)
             return _report
-        # RTLD_GLOBAL puts the library before libmlx's own dependencies in the dynamic linker's search.
-        loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        loaded = ctypes.CDLL(str(path))
         loaded.cblas_sgemm, loaded.openblas_set_num_threads  # noqa: B018 - AttributeError if it is no OpenBLAS
+        _before = _few_rows(loaded) if own else None
+        # RTLD_GLOBAL puts the library before libmlx's own dependencies in the dynamic linker's search.
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except (OSError, AttributeError, ElfError) as error:
         _report = BlasReport(False, "", f"no fast BLAS: {error}")
         log.warning("MLX runs on its slow reference BLAS: %s", error)
@@ -76,7 +84,8 @@ def boot(threads: int | None = None, *, cache: Path | None = None, library: str 
     if path.parent.name.startswith(_TEMPORARY):
         shutil.rmtree(path.parent, ignore_errors=True)  # the mapping outlives the file
     _loaded = loaded
-    _report = BlasReport(True, str(path), _config(loaded))
+    own_products = "" if _before is None else "; products of few rows are Stoker's own"
+    _report = BlasReport(True, str(path), _config(loaded) + own_products)
     set_threads(threads or max(1, len(os.sched_getaffinity(0)) - 1))
     return _report
 
@@ -87,6 +96,8 @@ def set_threads(count: int) -> None:
     if _loaded is None or _report is None:
         return
     _loaded.openblas_set_num_threads(ctypes.c_int(count))
+    if _before is not None:
+        few_rows.switch(_before[0], count)
     _report = BlasReport(_report.active, _report.library, _report.detail, count)
 
 
@@ -113,9 +124,10 @@ def verify() -> bool:
     if _loaded is None or _report is None:
         return False
     found = _file_of("cblas_sgemm")
-    right = found is not None and os.path.realpath(found) == os.path.realpath(_report.library)
+    expected = _report.library if _before is None else str(_before[1])
+    right = found is not None and os.path.realpath(found) == os.path.realpath(expected)
     if not right:
-        log.warning("MLX's matrix products go to %s, not to %s", found or "an unknown library", _report.library)
+        log.warning("MLX's matrix products go to %s, not to %s", found or "an unknown library", expected)
     return right
 
 
@@ -137,6 +149,12 @@ def _choose(cache: Path | None, wanted: str) -> tuple[Path | None, str]:
         log.warning("MLX runs on its slow reference BLAS: install scipy-openblas32, or name one in STOKER_BLAS")
         return None, "scipy-openblas32 is not installed"
     return _renamed_copy(source, cache or Path.home() / ".stoker" / "cache"), ""
+
+
+def _few_rows(loaded: ctypes.CDLL) -> tuple[ctypes.CDLL, Path] | None:
+    """The products that go before those of OpenBLAS, with their file; None where there are none."""
+    path = few_rows.compiled(few_rows.usual_folder())
+    return None if path is None else (few_rows.load(path, loaded), path)
 
 
 def _has_package(*names: str) -> bool:
@@ -162,7 +180,7 @@ def _renamed_copy(source: Path, cache: Path) -> Path:
     state = source.stat()
     key = f"{_CACHE_VERSION}:{source}:{state.st_size}:{state.st_mtime_ns}"
     name = f"openblas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if _trusted(cache / name):
+    if trusted(cache / name):
         return cache / name
     image = strip_prefix(source.read_bytes(), _PREFIX)
     try:
@@ -171,15 +189,6 @@ def _renamed_copy(source: Path, cache: Path) -> Path:
         log.info("cannot keep the renamed OpenBLAS in %s (%s); using a temporary folder", cache, error)
         # A folder that nobody else can have prepared: a shared, guessable name would let others choose the library.
         return _written(Path(tempfile.mkdtemp(prefix=_TEMPORARY)) / name, image)
-
-
-def _trusted(path: Path) -> bool:
-    """Whether `path` is a file of this user's (or root's) that nobody else may write."""
-    try:
-        state = path.stat()
-    except OSError:
-        return False
-    return state.st_uid in (0, os.getuid()) and not state.st_mode & 0o022
 
 
 def _written(path: Path, image: bytes) -> Path:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from engine.platform.compiler import on_cpu
 from engine.sparing import Pause, no_pause
 from engine.weights.quantized import Form, QuantizedTensor, dequantize, quantize
 from stoker.errors import ModelError
@@ -79,7 +80,7 @@ class Tensors:
     def take(
         self, name: str, shape: tuple[int, ...], *, transpose: bool = False, dtype: mx.Dtype | None = None
     ) -> mx.array:
-        """The tensor `name`, dense, which must have `shape` in the file; transposed and contiguous if so asked.
+        """The tensor `name`, dense, which must have `shape` in the file; transposed if so asked.
 
         `dtype` is for the few tensors that must not be rounded to the model's.
         """
@@ -156,7 +157,9 @@ class Tensors:
         return stored if self.part is None else self.part.cut(name, stored)
 
     def _dense(self, name: str, array: mx.array, transpose: bool) -> mx.array:
-        array = mx.contiguous(array.T) if transpose else array
+        if transpose:
+            # On a CPU the file's own order: `engine.platform.few_rows` reads it as fast as memory gives it.
+            array = array.T if on_cpu() else mx.contiguous(array.T)
         mx.eval(array)
         self.taken[name] = array
         return array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def test_mlx_multiplies_with_openblas_after_boot(tmp_path: Path) -> None:
     assert exact
     assert threads == 1
     assert "OpenBLAS" in detail
+    assert detail.endswith("; products of few rows are Stoker's own") is (shutil.which("g++") is not None)
     assert Path(library).parent == tmp_path
     assert boot(tmp_path)[1] == library, "the second boot reads the copy that the first one wrote"
     assert len(list(tmp_path.iterdir())) == 1

@@ -170,18 +170,19 @@ def test_the_same_holds_for_compiled_passes(packed: LoadedModel, pool: AdapterPo
 
 def test_prompts_and_single_tokens_leave_the_same(packed: LoadedModel) -> None:
     """In chunks, one by one, next to others in rows of another length: what a token sees of those before it, in the
-    same pass too, is what was packed of them."""
+    same pass too, is what was packed of them. Products of few rows are rounded otherwise than those of many, so a
+    number next to the border of two codes may take either."""
     decoder = packed.decoder
     ids = np.random.default_rng(4).integers(3, 60, (3, 24)).tolist()
     wanted = [whole(decoder, row) for row in ids]
     prompt, batch = KeyValues(decoder, 1, 32), KeyValues(decoder, 3, 32)
     for start, end in ((0, 7), (7, 8), (8, 24)):
         found = through(decoder, prompt, [ids[0][start:end]], [start], exact=True, kv_length=end)
-        np.testing.assert_allclose(found[0], wanted[0][start:end], atol=1e-4)
+        np.testing.assert_allclose(found[0], wanted[0][start:end], atol=1e-3)
     for at in range(24):
         found = through(decoder, batch, [[row[at]] for row in ids], [at] * 3)
         for row in range(3):
-            np.testing.assert_allclose(found[row, 0], wanted[row][at], atol=1e-4)
+            np.testing.assert_allclose(found[row, 0], wanted[row][at], atol=1e-3)
     same = [(one[:, :, :24] == other[:1, :, :24]).flatten() for one, other in zip(prompt.keys, batch.keys, strict=True)]
     assert np.array(mx.concatenate(same)).mean() > 0.99
 

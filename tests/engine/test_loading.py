@@ -64,7 +64,8 @@ def test_a_folder_loads_and_computes_the_same(folder: Path, tiny_llama: Llama) -
     loaded = load("tiny", [str(folder)])
     assert (loaded.kind, loaded.architecture, loaded.context, loaded.name) == ("generate", "llama", 1024, "tiny")
     tokens = mx.array([[1, 2, 3]])
-    assert mx.array_equal(loaded.decoder(tokens), tiny_llama(tokens))
+    # Its matrices lie in another order, so sums are rounded in another one.
+    assert mx.allclose(loaded.decoder(tokens), tiny_llama(tokens), rtol=0, atol=1e-5)
     assert loaded.linear_shapes["layers.1.self_attn.k_proj"] == (32, 16)
     assert loaded.linear_shapes["layers.0.mlp.down_proj"] == (48, 32)
     assert len(loaded.linear_shapes) == 14

@@ -124,7 +124,7 @@ def test_two_steps_on_a_shared_model_are_those_on_the_whole(
     for their_reports, witnesses, theirs in found:
         assert their_reports == found[0][0]
         assert witnesses == found[0][1]
-        np.testing.assert_allclose(their_reports, reports, rtol=1e-5)
+        np.testing.assert_allclose(their_reports, reports, rtol=5e-5)
         assert theirs.numbers | {"loss_sum": 0, "unreported": None} | LOSSES == state.numbers | {"loss_sum": 0} | LOSSES
         for name, array in state.arrays.items():
             scale = np.abs(np.array(array)).max()

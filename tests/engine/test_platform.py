@@ -29,7 +29,7 @@ cache, source = Path(sys.argv[1]), Path(sys.argv[2])
 
 def boot():
     importlib.reload(blas)
-    return Path(blas.boot(2, cache=cache).library)
+    return Path(blas.boot(2, cache=cache, own=False).library)
 
 first = boot()
 threads = ctypes.CDLL(str(first)).openblas_get_num_threads
