@@ -13,9 +13,9 @@ from engine.prefixes.memory import PrefixCache
 GROUP = 16
 #: Tokens of a group, padding included, where passes are compiled: on a GPU a short prompt takes as long as many.
 GROUP_TOKENS = 2048
-#: What a pass over the weights takes on a CPU, in tokens of a pass that is large: 48 to 50 for 0.1 and 0.5 billion
-#: weights, one BLAS thread. A prompt that needs no pass of its own may cost as much padding.
-PASS = 48
+#: What a pass over the weights takes on a CPU, in tokens of a pass that is large: 11 for 0.1 billion weights, one BLAS
+#: thread; without `few_rows` 25 to 50. A prompt that needs no pass of its own may cost as much padding.
+PASS = 12
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,11 @@ def _choose(cache: Path | None, wanted: str) -> tuple[Path | None, str]:
 def _few_rows(loaded: ctypes.CDLL) -> tuple[ctypes.CDLL, Path] | None:
     """The products that go before those of OpenBLAS, with their file; None where there are none."""
     path = few_rows.compiled(few_rows.usual_folder())
-    return None if path is None else (few_rows.load(path, loaded), path)
+    try:
+        return None if path is None else (few_rows.load(path, loaded), path)
+    except (OSError, AttributeError) as error:
+        log.warning("products of few rows are left to OpenBLAS: %s", error)
+        return None
 
 
 def _has_package(*names: str) -> bool:

@@ -63,6 +63,21 @@ def test_mlx_multiplies_with_openblas_after_boot(tmp_path: Path) -> None:
 
 
 @linux_only
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles them")
+def test_where_the_products_of_few_rows_cannot_be_loaded_openblas_has_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy_openblas32")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert "few rows" in boot(tmp_path / "cache")[2]
+    (library,) = tmp_path.glob("stoker-*/few-rows-*.so")
+    library.write_bytes(b"no library")
+    active, _, detail, _, verified, exact = boot(tmp_path / "cache")
+    assert (active, verified, exact) == (True, True, True)
+    assert "few rows" not in detail
+
+
+@linux_only
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     pytest.importorskip("scipy_openblas32")
     (tmp_path / "file").write_text("in the way")

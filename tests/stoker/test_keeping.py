@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from stoker.broker import keys
 from stoker.broker.connection import connect
+from stoker.broker.ledger.record import Field
 from stoker.cli import app
 from stoker.files.durable import remove_folder
 from stoker.local import keeping
@@ -154,7 +155,7 @@ def test_a_failed_run_whose_job_was_sent_again_stays_until_that_has_ended(broker
     make_run("new")
     with closing(connect(broker)) as redis:
         for run in ("waits", "failed", "done"):
-            redis.hset(keys.job(run), "kind", "train")
+            redis.hset(keys.job(run), Field.KIND, "train")
             redis.expire(keys.job(run), 60)
         redis.set(keys.result("failed"), "{}", ex=60)
         Housekeeping(limited(), sent_again(redis)).round()
@@ -170,7 +171,7 @@ def test_clean_leaves_a_failed_run_whose_job_was_sent_again(broker: Settings, mo
     make_run("new")
     monkeypatch.setenv("STOKER_URL", broker.address.url)
     with closing(connect(broker)) as redis:
-        redis.hset(keys.job("waits"), "kind", "train")
+        redis.hset(keys.job("waits"), Field.KIND, "train")
         redis.expire(keys.job("waits"), 60)
     assert "1 runs and logs deleted" in invoke("clean")
     assert names() == {"waits", "new"}
