@@ -84,8 +84,8 @@ def boot(threads: int | None = None, *, cache: Path | None = None, library: str 
     if path.parent.name.startswith(_TEMPORARY):
         shutil.rmtree(path.parent, ignore_errors=True)  # the mapping outlives the file
     _loaded = loaded
-    own_products = "" if _before is None else "; products of few rows are Stoker's own"
-    _report = BlasReport(True, str(path), _config(loaded) + own_products)
+    whose = "Stoker's own" if _before is not None else "OpenBLAS's, half as fast: is there a g++ that works?"
+    _report = BlasReport(True, str(path), f"{_config(loaded)}; products of few rows are {whose if own else 'its own'}")
     set_threads(threads or max(1, len(os.sched_getaffinity(0)) - 1))
     return _report
 

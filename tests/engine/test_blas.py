@@ -69,12 +69,12 @@ def test_where_the_products_of_few_rows_cannot_be_loaded_openblas_has_all(
 ) -> None:
     pytest.importorskip("scipy_openblas32")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert "few rows" in boot(tmp_path / "cache")[2]
+    assert boot(tmp_path / "cache")[2].endswith("few rows are Stoker's own")
     (library,) = tmp_path.glob("stoker-*/few-rows-*.so")
     library.write_bytes(b"no library")
     active, _, detail, _, verified, exact = boot(tmp_path / "cache")
     assert (active, verified, exact) == (True, True, True)
-    assert "few rows" not in detail
+    assert detail.endswith("few rows are OpenBLAS's, half as fast: is there a g++ that works?")
 
 
 @linux_only
