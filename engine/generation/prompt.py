@@ -10,7 +10,7 @@ from functools import reduce
 import numpy as np
 
 from engine.checkpoints.loading import LoadedModel
-from engine.prefixes.tree import shared_length
+from engine.models.openings import shared_length
 from engine.text import chat
 from engine.text.templates import choose
 from stoker.contract import ChatMessage, GenerateRequest

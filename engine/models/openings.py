@@ -44,6 +44,11 @@ def _common(left: np.ndarray, right: np.ndarray) -> int:
     # Most differ here.
     if not np.array_equal(left[:FEWEST], right[:FEWEST]):
         return 0
+    return shared_length(left, right)
+
+
+def shared_length(left: np.ndarray, right: np.ndarray) -> int:
+    """How many tokens of both are alike, from the first on."""
     length = min(len(left), len(right))
     different = np.flatnonzero(left[:length] != right[:length])
     return int(different[0]) if len(different) else length

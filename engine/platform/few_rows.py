@@ -82,7 +82,7 @@ def _processor() -> str:
 
 
 def trusted(path: Path) -> bool:
-    """Whether `path` is a file of this user's (or root's) that nobody else may write."""
+    """Whether `path` is a file or a folder of this user's (or root's) that nobody else may write."""
     try:
         state = path.stat()
     except OSError:

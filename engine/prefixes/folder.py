@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.models.openings import shared_length
 from engine.prefixes import entry_file
 from engine.prefixes.entry_file import DamagedEntry
 from engine.prefixes.form import Form
-from engine.prefixes.tree import shared_length
 from stoker.files.durable import DRAFT, make_folders, sweep, write_whole
 
 log = logging.getLogger(__name__)

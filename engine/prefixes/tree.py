@@ -18,6 +18,7 @@ from typing import TypeAlias
 import numpy as np
 
 from engine.models.cache import KeyValues
+from engine.models.openings import shared_length
 
 #: What the next tokens are found by: the first ones at the beginning, one behind it.
 _Step: TypeAlias = bytes | int
@@ -130,10 +131,3 @@ class Tree:
     def _step(self, tokens: np.ndarray, at: int) -> _Step:
         """By what tokens are found that go on from place `at`."""
         return int(tokens[0]) if at else tokens[: self._shortest].tobytes()
-
-
-def shared_length(left: np.ndarray, right: np.ndarray) -> int:
-    """How many tokens of both are alike, from the first on."""
-    length = min(len(left), len(right))
-    different = np.flatnonzero(left[:length] != right[:length])
-    return int(different[0]) if len(different) else length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -177,33 +178,48 @@ def test_what_a_row_leaves_is_another_ones(tiny_llama: Llama) -> None:
     assert all(one is other for one, other in zip(kv.arrays, arrays, strict=True)), "each row that waits asks for it"
 
 
+#: Of each row how many positions it needs, where its keys and values came from, and how many of them.
+Rows: TypeAlias = list[tuple[int, KeyValues, int]]
+
+
+def grow(kv: JointKeyValues, model: Rows, random: np.random.Generator) -> None:
+    """Let a row need more positions."""
+    row = int(random.integers(len(model)))
+    most, source, kept = model[row]
+    model[row] = most + int(random.choice([1, 200])), source, kept
+    kv.fit([most for most, _, _ in model])
+
+
+def leave(kv: JointKeyValues, model: Rows, random: np.random.Generator) -> None:
+    """Let a row go, and the last one take its slot."""
+    row = int(random.integers(len(model)))
+    kv.leave(row, len(model) - 1, 0)
+    last = model.pop()
+    if row < len(model):
+        model[row] = last
+
+
+def swap(kv: JointKeyValues, model: Rows, random: np.random.Generator) -> None:
+    """Let two rows change slots."""
+    row, other = random.integers(len(model), size=2).tolist()
+    kv.swap(row, other, 0)
+    model[row], model[other] = model[other], model[row]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_segments_never_overlap_and_rows_keep_what_they_hold(tiny_llama: Llama, seed: int) -> None:
     """Rows come, grow, change places and leave, in any order; a model of plain arrays says what each holds."""
-    random, kv, model = np.random.default_rng(seed), JointKeyValues(tiny_llama), list[tuple[int, KeyValues, int]]()
+    random, kv, model = np.random.default_rng(seed), JointKeyValues(tiny_llama), Rows()
     for _ in range(30):
-        action = random.integers(5)
+        action = int(random.integers(5))
         if action == 0 and len(model) < 6:
             length = int(random.choice([1, SMALLEST, SMALLEST + 1, 400]))
             kept = min(length, 20)
             kv.fit([most for most, _, _ in model] + [length])
             model.append((length, filled(tiny_llama, kept), kept))
             kv.put(len(model) - 1, model[-1][1], 0, kept)
-        elif action == 1 and model:
-            row = int(random.integers(len(model)))
-            most, source, kept = model[row]
-            model[row] = most + int(random.choice([1, 200])), source, kept
-            kv.fit([most for most, _, _ in model])
-        elif action == 2 and model:
-            row = int(random.integers(len(model)))
-            kv.leave(row, len(model) - 1, 0)
-            last = model.pop()
-            if row < len(model):
-                model[row] = last
-        elif action == 3 and model:
-            row, other = random.integers(len(model), size=2).tolist()
-            kv.swap(row, other, 0)
-            model[row], model[other] = model[other], model[row]
+        elif action < 4 and model:
+            (grow, leave, swap)[action - 1](kv, model, random)
         elif action == 4 and model:
             kv.shrink([most for most, _, _ in model])
         held_by = sorted(kv.segment(row) for row in range(len(model)))

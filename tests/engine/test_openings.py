@@ -29,6 +29,7 @@ from stoker.contract import GenerateRequest, GenerateResult
 from tests.engine import test_drafts, test_generate_lane, tiny
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.test_generate_lane import MODES, Driver, adapters, check_traffic, random_requests, request
+from tests.engine.test_joint import Rows, grow, leave, swap
 from tests.engine.test_kv_bits import packing
 from tests.thorough import quick
 
@@ -247,10 +248,10 @@ def test_a_row_that_is_reset_leaves_the_run_that_others_have(tiny_llama: Llama) 
 def test_rows_keep_what_they_hold_with_any_rows_that_they_share_it_with(tiny_llama: Llama, seed: int) -> None:
     """Rows of a few beginnings come, grow, change places, leave and are laid out anew, in any order; plain arrays say
     what each holds."""
-    random, kv, model = np.random.default_rng(seed), JointKeyValues(tiny_llama), list[tuple[int, KeyValues, int]]()
+    random, kv, model = np.random.default_rng(seed), JointKeyValues(tiny_llama), Rows()
     shared = 0
     for _ in range(40):
-        action = random.integers(6)
+        action = int(random.integers(6))
         lengths = [most for most, _, _ in model]
         if action in (0, 1) and len(model) < 7:
             owner, cut, end = (int(random.integers(2)) for _ in range(3))
@@ -263,21 +264,8 @@ def test_rows_keep_what_they_hold_with_any_rows_that_they_share_it_with(tiny_lla
             assert kv.nbytes <= max(before, counted), "no more than was counted"
             kv.add(len(model), span._replace(length=kept + 1), source, 0)
             model.append((kept + 1, source, kept))
-        elif action == 2 and model:
-            row = int(random.integers(len(model)))
-            most, source, kept = model[row]
-            model[row] = most + int(random.choice([1, 200])), source, kept
-            kv.fit([most for most, _, _ in model])
-        elif action == 3 and model:
-            row = int(random.integers(len(model)))
-            kv.leave(row, len(model) - 1, 0)
-            last = model.pop()
-            if row < len(model):
-                model[row] = last
-        elif action == 4 and model:
-            row, other = random.integers(len(model), size=2).tolist()
-            kv.swap(row, other, 0)
-            model[row], model[other] = model[other], model[row]
+        elif action in (2, 3, 4) and model:
+            (grow, leave, swap)[action - 2](kv, model, random)
         elif action == 5 and model:
             kv.shrink(lengths)
             kv.clear_beyond([kept for _, _, kept in model])
@@ -350,18 +338,23 @@ MIXED = [
 ]
 
 
-@pytest.mark.usefixtures("joint")
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_rows_that_share_get_the_tokens_that_they_get_without(
-    model: LoadedModel, pool: AdapterPool, unshared: Callable[[], None], bits: int
-) -> None:
-    model = packing(model, bits) if bits < 16 else model
+def check_shared_and_alone(model: LoadedModel, pool: AdapterPool, unshared: Callable[[], None]) -> None:
+    """`MIXED` at once, of which rows share, and each by itself without."""
     driver = Driver(model, pool, slots=10)
     shared = most_shared(driver)
     found = answers(driver, MIXED)
     assert shared() >= 7
     unshared()
     assert found == [answers(Driver(model, pool, slots=1), [one])[0] for one in MIXED]
+
+
+@pytest.mark.usefixtures("joint")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_rows_that_share_get_the_tokens_that_they_get_without(
+    model: LoadedModel, pool: AdapterPool, unshared: Callable[[], None], bits: int
+) -> None:
+    model = packing(model, bits) if bits < 16 else model
+    check_shared_and_alone(model, pool, unshared)
 
 
 @pytest.mark.usefixtures("joint")
@@ -369,12 +362,7 @@ def test_rows_with_a_window_that_share_get_the_same_tokens(tmp_path: Path, unsha
     mx.random.seed(7)
     model = tiny.loaded(Llama(replace(TINY, window=20), RandomTensors()), eos_ids=[])
     pool = pool_of(model, tmp_path)
-    driver = Driver(model, pool, slots=10)
-    shared = most_shared(driver)
-    found = answers(driver, MIXED)
-    assert shared() >= 7
-    unshared()
-    assert found == [answers(Driver(model, pool, slots=1), [one])[0] for one in MIXED]
+    check_shared_and_alone(model, pool, unshared)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.models import openings
 from engine.models.cache import KeyValues, KvSide, KvSizes, StateShape
 from engine.models.llama import Llama
 from engine.prefixes import tree
@@ -186,7 +187,7 @@ def test_as_prompts_come_and_go_what_is_found_is_right_and_pins_stay(
 
 def test_a_beginning_is_found_by_its_length_however_many_go_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
-    whole = tree.shared_length
+    whole = openings.shared_length
 
     def shared_length(left: np.ndarray, right: np.ndarray) -> int:
         compared.append(min(len(left), len(right)))
