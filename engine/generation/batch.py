@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +11,10 @@ import numpy as np
 from engine.adapters.pool import BASE, AdapterPool
 from engine.generation.draws import Draw, Pick
 from engine.generation.forward_input import ForwardInput
+from engine.generation.gathering import gather, sampling_of
+from engine.generation.prefill import PromptChunk
 from engine.generation.row import Row, RowState
 from engine.generation.sampling import picks
-from engine.generation.sampling_batch import SamplingBatch, sampling_batch
 from engine.generation.step import Step
 from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
@@ -23,12 +24,22 @@ from engine.models.openings import Span
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A pass that was launched: which rows took part, and what it will have chosen."""
+    """A pass that was launched: which rows took part, and what it will have chosen for them, and behind that for those
+    that are through with the `chunk` of prompts that it took along."""
 
     rows: list[Row]
     epochs: list[int]
     draws: list[Draw]
     chosen: tuple[mx.array, ...]
+    chunk: PromptChunk | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a pass chose: for its rows that are still here, and for those whose prompts are through."""
+
+    rows: list[tuple[Row, Pick]]
+    through: list[tuple[Row, Pick]]
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,12 @@ class Batch:
             self.rows[last.slot] = last
         row.slot = -1
         row.epoch += 1
-        if not self.rows:
+        self.settle()
+
+    def settle(self) -> None:
+        """Let a pass go that nobody waits for any more."""
+        pending = self._in_flight
+        if not self.rows and pending is not None and not (pending.chunk and pending.chunk.waits):
             self._in_flight = None
 
     def clean(self) -> None:
@@ -148,9 +164,10 @@ class Batch:
         if self.kv is not None:
             self.kv.clear_beyond([row.cached for row in self.rows])
 
-    def launch(self, count: int | None = None) -> bool:
+    def launch(self, count: int | None = None, chunk: PromptChunk | None = None) -> bool:
         """Start the next pass, whether or not the last one has been read; False if no row needs it. `count`: how many
-        rows it takes, from the first slot on; the others rest, with their keys and values. None: all.
+        rows it takes, from the first slot on; the others rest, with their keys and values. None: all. `chunk`: of
+        prompts, which it takes along.
 
         Raises `RowFault` for a row that cannot be sampled, before anything has begun.
         """
@@ -159,36 +176,66 @@ class Batch:
         if not rows or all(row.ends_within(ahead[slot]) for slot, row in enumerate(rows)):
             return False
         self.fit()
+        if chunk is None:
+            draws, chosen = self._decode(pending, rows, ahead)
+            mx.async_eval(chosen)  # type: ignore[no-untyped-call]
+        else:
+            draws, chosen = self._decode_with(chunk, pending, rows, ahead)
+            mx.async_eval(chosen, chunk.prefill.kv.stored)  # type: ignore[no-untyped-call]
+            chunk.goes()
+        for row in rows:
+            row.cached += 1
+        self._in_flight = PendingStep(rows, [row.epoch for row in rows], draws, chosen, chunk)
+        return True
+
+    def _decode(
+        self, pending: PendingStep | None, rows: Sequence[Row], ahead: Sequence[int]
+    ) -> tuple[list[Draw], tuple[mx.array, ...]]:
+        """A pass over the newest token of each row: how it draws, and what it chooses."""
         assert self.kv is not None
         size = self.kv.padded(len(rows)) if self._step.decode_buckets else len(rows)
         padding = size - len(rows)
         assert not padding or len(rows) == len(self.rows), "a row that rests would be written to"
         draws, sampling = gather(rows, ahead[: len(rows)], self._model.args.vocab, size)
-        offset = np.array([row.cached for row in rows] + [0] * padding, dtype=np.int32)
-        given = ForwardInput(
+        given = self._newest(pending, rows, size, bucketed=self._step.decode_buckets)
+        adapters = self._pool.rows([row.adapter for row in rows] + [0] * padding)
+        return draws, self._step(self.kv, replace(given, adapters=adapters), sampling)
+
+    def _decode_with(
+        self, chunk: PromptChunk, pending: PendingStep | None, rows: Sequence[Row], ahead: Sequence[int]
+    ) -> tuple[list[Draw], tuple[mx.array, ...]]:
+        """The same with a chunk of prompts."""
+        assert isinstance(self.kv, KeyValues)
+        prefill, drawn = chunk.prefill, [*rows, *chunk.done]
+        ahead = [*ahead[: len(rows)], *[0] * len(chunk.done)]
+        draws, sampling = gather(drawn, ahead, self._model.args.vocab, len(drawn))
+        given = self._newest(pending, rows, len(rows), bucketed=False)
+        adapters = self._pool.rows([row.adapter for row in rows] + chunk.adapters_of_tokens)
+        prompts = replace(chunk.given, last=mx.array(chunk.ends, mx.int32))
+        return draws, self._step.mixed(self.kv, replace(given, adapters=adapters), prefill.kv, prompts, sampling)
+
+    def _newest(self, pending: PendingStep | None, rows: Sequence[Row], size: int, *, bucketed: bool) -> ForwardInput:
+        """The newest token of each row, padded to `size`, without adapters."""
+        assert self.kv is not None
+        offset = np.array([row.cached for row in rows] + [0] * (size - len(rows)), dtype=np.int32)
+        return ForwardInput(
             self._tokens(pending, rows, size)[:, None],
             mx.array(offset),
-            self.kv.read_length(int(offset.max()) + 1, 1, bucketed=self._step.decode_buckets),
-            adapters=self._pool.rows([row.adapter for row in rows] + [0] * padding),
+            self.kv.read_length(int(offset.max()) + 1, 1, bucketed=bucketed),
             places=self.kv.pending(offset, len(rows)),
         )
-        chosen = self._step(self.kv, given, sampling)
-        mx.async_eval(chosen)  # type: ignore[no-untyped-call]
-        for row in rows:
-            row.cached += 1
-        self._in_flight = PendingStep(rows, [row.epoch for row in rows], draws, chosen)
-        return True
 
-    def read(self, pending: PendingStep) -> list[tuple[Row, Pick]]:
-        """Wait for a pass; the tokens of its rows that are still here, each with what it chose."""
+    def read(self, pending: PendingStep) -> Read:
+        """Wait for a pass: what it chose for its rows that are still here, and for those whose prompts are through."""
         found = picks(pending.chosen, pending.draws)
         if pending is self._in_flight:
             self._in_flight = None
-        rows = list(zip(pending.rows, pending.epochs, found, strict=True))
+        count = len(pending.rows)
+        rows = list(zip(pending.rows, pending.epochs, found[:count], strict=True))
         here = [(row, pick) for row, epoch, pick in rows if row.slot >= 0 and row.epoch == epoch]
         if len(here) < len(rows) and not all(pick.finite for pick in found):
             self.clean()
-        return here
+        return Read(here, [] if pending.chunk is None else pending.chunk.through(found[count:]))
 
     @property
     def room(self) -> int:
@@ -217,7 +264,7 @@ class Batch:
             draws += found + found[-1:] * (width - len(found))
         size = self.kv.padded(len(rows)) if self._step.prompt_buckets else len(rows)
         owners = [row for row in rows for _ in range(width)]
-        sampling = _sampling(owners, draws, self._model.args.vocab, size * width)
+        sampling = sampling_of(owners, draws, self._model.args.vocab, size * width)
         picked = picks(self._step(self.kv, self._drafted(drafts, width, size), sampling), draws)
         tried = [
             Tried(row, len(draft), _taken(draft, picked[slot * width :][: 1 + len(draft)]))
@@ -289,25 +336,3 @@ def _taken(draft: Sequence[int], found: Sequence[Pick]) -> list[Pick]:
         return []
     right = next((at for at, token in enumerate(draft) if found[at].token_id != token), len(draft))
     return list(found[: right + 1])
-
-
-def gather(rows: Sequence[Row], ahead: Sequence[int], vocabulary: int, size: int) -> tuple[list[Draw], SamplingBatch]:
-    """How the next token of each row is sampled, and the same for the device, padded to `size`. Raises `RowFault`."""
-    made: dict[Row, Draw] = {}
-    for row, steps in zip(rows, ahead, strict=True):
-        if row not in made:
-            with row.guarded():
-                made[row] = row.draw(steps)
-    draws = [made[row] for row in rows]
-    return draws, _sampling(rows, draws, vocabulary, size)
-
-
-def _sampling(rows: Sequence[Row], draws: Sequence[Draw], vocabulary: int, size: int) -> SamplingBatch:
-    """The draws for the device, each of the row at its place. Raises `RowFault`."""
-    try:
-        return sampling_batch(draws, vocabulary, size)
-    except Exception:
-        for row, draw in zip(rows, draws, strict=True):
-            with row.guarded():
-                sampling_batch([draw], vocabulary)
-        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
@@ -17,7 +18,8 @@ from engine.generation.guess import Guess
 from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.generation.pacing import CHUNK, CHUNK_OF_LAUNCHES, Chunk, LanePacer
-from engine.generation.prefill import Prefill, owner
+from engine.generation.prefill import LEAST as SHORT
+from engine.generation.prefill import Prefill, PromptChunk, owner
 from engine.generation.prompt import beginning_of, check_ids, check_memory, tokenize
 from engine.generation.prompts import Prompts
 from engine.generation.roster import Roster
@@ -33,6 +35,13 @@ from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
 
 log = logging.getLogger(__name__)
+
+
+class Decoded(NamedTuple):
+    """A pass over `width` tokens of each row that decodes, and over so many tokens of `prompts`."""
+
+    width: int = 1
+    prompts: int = 0
 
 
 class GenerateLane:
@@ -238,12 +247,12 @@ class GenerateLane:
     def _step(self, output: StepOutput, lookahead: bool) -> None:
         # A pass that is under way began when the last step ended.
         began = self._ended if self.batch.in_flight else self._clock()
-        width = 1
+        decoded = Decoded()
         self.drafter.begin(self.batch.rows)
         self._pacer.begin({row.priority for row in self.held}, alone=lookahead, empty=not self.batch.rows)
-        # Prompts and rows that decode take turns.
+        # Prompts and rows that decode take turns, unless one pass takes both.
         late, self._let_go = self._let_go, False
-        pushed = not late and self._push_prompts(output)
+        pushed = not (late or self._mixes or self._ends_prompts) and self._push_prompts(output)
         if pushed and self._gathers:
             self._pacer.gather()
         elif output.entries and lookahead:
@@ -251,15 +260,18 @@ class GenerateLane:
             self._let_go = self._launch()
         else:
             # Behind first tokens that went before, the next chunk comes before the next pass.
-            width = self._decode(output, lookahead and not (late and (self._prompts or self._roster.waiting)))
+            decoded = self._decode(output, lookahead and not (late and (self._prompts or self._roster.waiting)))
         self._ended = self._clock()
         alone = not (pushed or late or self.drafter.has_read)
-        self._note(self._ended - began, output.rows, width, alone=alone)
+        self._note(self._ended - began, output.rows, decoded, alone=alone)
 
-    def _note(self, seconds: float, rows: int, width: int, *, alone: bool) -> None:
-        """The step took `seconds`, with a pass over `width` tokens of each of `rows`; `alone`: with nothing else."""
-        self._pacer.note(seconds, rows if alone and width == 1 else None)
-        if alone and rows:
+    def _note(self, seconds: float, rows: int, decoded: Decoded, *, alone: bool) -> None:
+        """The step took `seconds`, with such a pass of so many rows; `alone`: with nothing else."""
+        width, prompts = decoded
+        self._pacer.note(seconds, rows if alone and width == 1 and not prompts else None)
+        if alone and prompts:
+            self._pacer.note_mixed(seconds, prompts)
+        elif alone and rows:
             self.drafter.note(rows, width, seconds)
 
     # --- prompts ---
@@ -283,7 +295,11 @@ class GenerateLane:
         prefill = self._prompts.best(priorities)
         if prefill is None:
             return False
-        through = self._advanced(prefill, self._chunk(prefill.priority))
+        self._seat(self._advanced(prefill, self._chunk(prefill.priority)), prefill, output)
+        return True
+
+    def _seat(self, through: Sequence[tuple[Row, Pick]], prefill: Prefill, output: StepOutput) -> None:
+        """Let rows that are through with their prompts decode, each from its first token on."""
         self._seats.prepare([row for row, _ in through])
         for row, pick in through:
             wants_more = self._extend(row, pick, output, prefill)
@@ -292,7 +308,30 @@ class GenerateLane:
             elif wants_more and self._seats.make_room(row):
                 self.batch.join(row, prefill.kv, prefill.kv_row(row))
         self._prompts.count()
-        return True
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether prompts go along with the passes of the rows that decode. Drafts have these passes to themselves, and
+        so has a foreground."""
+        rows, pacer, ahead = self.batch.rows, self._pacer, int(self.batch.in_flight is not None)
+        if not (self.step.mixes and rows) or pacer.contested or pacer.gathers:
+            return False
+        return self.drafter.plan(rows, self.batch.room - ahead, ahead).width == 1
+
+    @property
+    def _ends_prompts(self) -> bool:
+        """Whether the pass that is under way has the last tokens of prompts."""
+        pending = self.batch.in_flight
+        return pending is not None and pending.chunk is not None and pending.chunk.waits
+
+    def _along(self) -> PromptChunk | None:
+        """What the next pass takes along."""
+        if not (self._prompts or self._roster.waiting) or not self._mixes:
+            return None
+        self._begin_prefill(self._pacer.foreground)
+        group = self._prompts.best(self._pacer.foreground)
+        tokens = 0 if group is None else self._pacer.mixed_tokens(self._coming(group.priority))
+        return group.next(tokens) if group is not None and tokens else None
 
     def _begin_prefill(self, priorities: range) -> None:
         """Take rows that wait, unless a group as good is under way."""
@@ -333,16 +372,20 @@ class GenerateLane:
         """Which prompts of this priority go together: on a CPU as many as one chunk takes."""
         if self.step.prompt_buckets:
             return GroupLimits(GROUP_TOKENS)
-        return GroupLimits(self._chunk(priority).pacer.most, padding=PASS, alike=bool(self._decoder.kv_sizes.states))
+        tokens = SHORT if self._mixes else self._chunk(priority).pacer.most
+        return GroupLimits(tokens, padding=PASS, alike=bool(self._decoder.kv_sizes.states))
 
     def _chunk(self, priority: int) -> Chunk:
         """How much of the prompts of this priority goes next."""
+        decoding = any(row.priority <= priority for row in self.batch.rows)
+        return self._pacer.chunk(priority, decoding=decoding, prompts=self._coming(priority))
+
+    def _coming(self, priority: int) -> int:
+        """How many prompts of this priority are under way, or wait for no other than these; at least one."""
         under_way = self._prompts.rows
         free = self.limits.slots - len(self.batch.rows) - len(under_way)
         waiting = sum(row.priority == priority for row in self._roster.waiting)
-        prompts = sum(row.priority == priority for row in under_way) + min(waiting, free)
-        decoding = any(row.priority <= priority for row in self.batch.rows)
-        return self._pacer.chunk(priority, decoding=decoding, prompts=max(1, prompts))
+        return max(1, sum(row.priority == priority for row in under_way) + min(waiting, free))
 
     @property
     def _gathers(self) -> bool:
@@ -384,28 +427,31 @@ class GenerateLane:
 
     # --- decoding ---
 
-    def _decode(self, output: StepOutput, lookahead: bool) -> int:
+    def _decode(self, output: StepOutput, lookahead: bool) -> Decoded:
         """Read the pass that was launched in the turn before, after launching the next if `lookahead`: the device never
-        waits then. Or launch one with drafts, and read that. How many tokens of each row the pass took."""
+        waits then. Or launch one with drafts, and read that. What the pass was that was read."""
         batch = self.batch
         if batch.in_flight is None:
             if (plan := self._plan_drafts()).width > 1:
                 self._try_drafts(output, plan)
-                return plan.width
+                return Decoded(plan.width)
             if not self._launch():
-                return 1
+                return Decoded()
         pending = batch.in_flight
         if pending is None:
-            return 1
+            return Decoded()
         # A grammar has to see a token before it can say which may follow, and so has a draft.
         if lookahead and not any(row.grammar for row in batch.rows) and self._plan_drafts(ahead=1).width == 1:
             self._launch(again=True)
         output.rows = len(pending.rows)
-        rows = batch.read(pending)
-        for row, pick in rows:
+        read, chunk = batch.read(pending), pending.chunk
+        for row, pick in read.rows:
             self._extend(row, pick, output)
-        self._release_ended([row for row, _ in rows])
-        return 1
+        self._release_ended([row for row, _ in read.rows])
+        if chunk is None:
+            return Decoded()
+        self._seat(read.through, chunk.prefill, output)
+        return Decoded(prompts=chunk.tokens)
 
     def _plan_drafts(self, ahead: int = 0) -> Plan:
         """Which drafts the next pass tries. Next to a background none: how many of its rows fit is measured without.
@@ -446,7 +492,8 @@ class GenerateLane:
         while True:
             self._seats.make_room()
             try:
-                launched = batch.launch(self._width())
+                chunk = self._along()
+                launched = batch.launch(self._width(), chunk)
             except RowFault as fault:
                 self._fail(fault)
                 continue
@@ -478,6 +525,7 @@ class GenerateLane:
             self.batch.leave(row)
         self.drafter.leave(row)
         self._prompts.drop(row)
+        self.batch.settle()
         if row.adapter >= 0:
             self._pool.release(row.adapter)
             row.adapter = -1

@@ -29,6 +29,10 @@ CHUNK, CHUNK_OF_LAUNCHES = 128, 512
 SHARE = 0.25
 #: Steps after a turn that the foreground has to itself: they measure what its passes take.
 ALONE = 3
+#: Tokens of prompts that a pass of rows that decode takes along at least. How much longer than without any it may take
+#: for each prompt: passes differ, and it shall stay below twice. Passes with prompts after which one goes without, so
+#: that it is known what that takes.
+LEAST_MIXED, MIXED, WITHOUT = 8, 0.85, 64
 #: Passes of one size whose median is what they take, at least and at most.
 LEAST, MOST = 3, 9
 #: Chunks of prompts, its own included, for which a row that has its first token waits where no row decodes yet: the
@@ -54,6 +58,26 @@ class Chunk:
     patience: float
 
 
+class MixedPacer:
+    """How many tokens of prompts a pass of rows that decode may take along, by what each adds to its seconds."""
+
+    def __init__(self) -> None:
+        #: Of a token, as measured lately; 0: unknown.
+        self._seconds = 0.0
+
+    def tokens(self, patience: float) -> int:
+        """As many as add about so many seconds."""
+        if not self._seconds:
+            return LEAST_MIXED
+        return max(LEAST_MIXED, min(prefill.MOST, int(patience / self._seconds)))
+
+    def note(self, tokens: int, added: float) -> None:
+        """A pass took `added` seconds longer for so many. Fewer say little: a pass takes some time for any."""
+        if tokens >= LEAST_MIXED:
+            each = max(added, 0.0) / tokens
+            self._seconds = 0.8 * self._seconds + 0.2 * each if self._seconds else each
+
+
 class LanePacer:
     """`stall`: seconds that a prompt may hold up running streams. `chunk`: tokens of a chunk, to begin with."""
 
@@ -63,6 +87,8 @@ class LanePacer:
         #: the background.
         self._busy, self._several = PrefillPacer(chunk), PrefillPacer(chunk)
         self._idle, self._behind = PrefillPacer(256, least=FEW), PrefillPacer(prefill.LEAST)
+        #: What goes along with passes of rows that decode, and how many such passes there were since one without.
+        self._mixed, self._with_prompts = MixedPacer(), 0
         #: Chunks since the first row came into an empty batch; `GATHER` as soon as it decodes.
         self._gathered = 0
         #: Seconds of a step that only decoded, as measured lately.
@@ -94,10 +120,27 @@ class LanePacer:
         self._seconds += seconds
         if rows is None:
             return
+        self._with_prompts = 0
         self._decoding = 0.8 * self._decoding + 0.2 * seconds if self._decoding else seconds
         passes = self._passes.setdefault(rows, _Passes())
         passes.seconds.append(seconds)
         passes.turn = self._turns
+
+    def note_mixed(self, seconds: float, tokens: int) -> None:
+        """A pass that took so many tokens of prompts along took `seconds`."""
+        self._with_prompts += 1
+        self._mixed.note(tokens, seconds - self._decoding)
+
+    def mixed_tokens(self, prompts: int) -> int:
+        """How many tokens of prompts, of which so many wait or are under way, the next pass takes along; 0: none."""
+        if self._with_prompts >= WITHOUT:
+            return 0
+        return self._mixed.tokens(MIXED * self._patience(prompts))
+
+    def _patience(self, prompts: int) -> float:
+        """Seconds for which rows wait: a chunk as long as a decode step at most doubles the time between two tokens.
+        Several prompts hold them up as long together as one by one, in fewer passes."""
+        return min(self._stall, max(self._decoding, 0.002) * prompts)
 
     @property
     def gathers(self) -> bool:
@@ -144,10 +187,7 @@ class LanePacer:
         if priority > self.best:
             return Chunk(self._behind, self.background_seconds)
         if decoding and not self.gathers:
-            # A chunk as long as a decode step at most doubles the time between two tokens. Several prompts hold up the
-            # rows as long together as one by one, in fewer passes.
-            patience = min(self._stall, max(self._decoding, 0.002) * prompts)
-            return Chunk(self._busy if prompts == 1 else self._several, patience)
+            return Chunk(self._busy if prompts == 1 else self._several, self._patience(prompts))
         return Chunk(self._idle, 1.0) if self._alone else Chunk(self._behind, self._stall / 2)
 
     def rows(self, foreground: int, held: int) -> int:

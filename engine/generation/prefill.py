@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from engine.adapters.pool import AdapterPool
-from engine.generation.batch import gather
 from engine.generation.draws import Draw, Pick
 from engine.generation.forward_input import ForwardInput
+from engine.generation.gathering import gather
 from engine.generation.row import Row, RowState
 from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch
@@ -101,6 +102,51 @@ class PrefillPacer:
         return half <= SAVES_MUCH * seconds or (half <= SAVES * seconds and quarter <= QUARTER_SAVES * seconds)
 
 
+@dataclass(frozen=True, eq=False)
+class PromptChunk:
+    """The next tokens of a group's rows. `given`: to the model, without adapters. `adapters`: the index of that of
+    each row of the storage. `done`: the rows whose last ones these are."""
+
+    prefill: Prefill
+    parts: dict[Row, list[int]]
+    given: ForwardInput
+    adapters: list[int]
+    done: list[Row]
+
+    @property
+    def tokens(self) -> int:
+        """In all, padding included."""
+        return int(self.given.tokens.size)
+
+    @property
+    def adapters_of_tokens(self) -> list[int]:
+        return [index for index in self.adapters for _ in range(self.given.tokens.shape[1])]
+
+    @property
+    def ends(self) -> list[int]:
+        """Where the last token of each row that is done is, in all of them."""
+        many = self.given.tokens.shape[1]
+        return [self.prefill.kv_row(row) * many + len(self.parts[row]) - 1 for row in self.done]
+
+    @property
+    def waits(self) -> bool:
+        """Whether a row waits for the token behind it."""
+        return any(row in self.prefill.rows for row in self.done)
+
+    def goes(self) -> None:
+        """A pass with it was launched."""
+        self.prefill.begun = True
+        for row, part in self.parts.items():
+            row.cached += len(part)
+
+    def through(self, found: Sequence[Pick]) -> list[tuple[Row, Pick]]:
+        """Its pass was read, and this is what it chose for `done`: those that are still here leave their group."""
+        group = self.prefill
+        here = [(row, pick) for row, pick in zip(self.done, found, strict=True) if row in group.rows]
+        group.rows = [row for row in group.rows if row not in self.done]
+        return here
+
+
 class Prefill:
     """A group of rows of one priority that are prefilled together: one pass takes the next chunk of each.
 
@@ -120,6 +166,8 @@ class Prefill:
         self._model, self._pool, self._step = model, pool, step
         self._clock, self._agreed = clock, agreed
         self.rows, self.priority = list(rows), rows[0].priority
+        #: Whether a part of the prompts has gone.
+        self.begun = False
         self._kv_rows = {id(row): index for index, row in enumerate(self.rows)}
         self.kv = self._start(prefixes)
         for row in self.rows:
@@ -167,24 +215,40 @@ class Prefill:
         """One pass that shall take `patience` seconds at most; rows that are through leave the group, with their first
         new token."""
         began, traced = self._clock(), self._step.traced
-        waiting = {id(row): row.uncached for row in self.rows}
-        share = self._share([len(tokens) for tokens in waiting.values()], pacer)
-        chunks = {row: waiting[id(row)][:share] for row in self.rows}
-        done = [row for row, chunk in chunks.items() if len(chunk) == len(waiting[id(row)])]
-        draws, sampling = self._sampling() if done else ([], None)
-        chosen = self._pass(chunks, share, sampling)
-        for row, chunk in chunks.items():
-            row.cached += len(chunk)
+        waiting = self._waiting()
+        chunk = self._chunk(waiting, self._share([len(tokens) for tokens in waiting.values()], pacer))
+        draws, sampling = self._sampling() if chunk.done else ([], None)
+        chosen = self._step(self.kv, replace(chunk.given, adapters=self._pool.rows(chunk.adapters)), sampling)
+        chunk.goes()
         found: list[tuple[Row, Pick]] = []
-        if done:
+        if chunk.done:
             picked = picks(chosen, draws)
-            found = [(row, picked[self.kv_row(row)]) for row in done]
-            self.rows = [row for row in self.rows if row not in done]
+            found = chunk.through([picked[self.kv_row(row)] for row in chunk.done])
         else:
             mx.eval(self.kv.stored)
         # What a pass takes that has to be compiled first, none after it will.
         if self._agreed(self._step.traced == traced):
-            pacer.note(sum(map(len, chunks.values())), self._clock() - began, patience)
+            pacer.note(sum(map(len, chunk.parts.values())), self._clock() - began, patience)
+        return found
+
+    def next(self, tokens: int) -> PromptChunk | None:
+        """What goes along with a pass of rows that decode, of about so many tokens; None while a row's last ones are on
+        their way: its storage may not be written to then. Short prompts go whole: in parts they would hold up the rows
+        for as long, and wait for more passes. Raises `RowFault`."""
+        waiting = self._waiting()
+        if not all(waiting.values()):
+            return None
+        longest = max(map(len, waiting.values()))
+        whole = longest * len(waiting)
+        parts = 1 if whole <= LEAST and not self.begun else -(-whole // tokens)
+        return self._chunk(waiting, -(-longest // parts))
+
+    def _waiting(self) -> dict[Row, list[int]]:
+        """Tokens of each row that have not gone."""
+        found: dict[Row, list[int]] = {}
+        for row in self.rows:
+            with row.guarded():
+                found[row] = row.uncached
         return found
 
     def _share(self, waiting: Sequence[int], pacer: PrefillPacer) -> int:
@@ -202,7 +266,10 @@ class Prefill:
             rows[self.kv_row(row)] = row
         return gather(rows, [0] * len(rows), self._model.args.vocab, len(rows))
 
-    def _pass(self, chunks: dict[Row, list[int]], share: int, sampling: SamplingBatch | None) -> tuple[mx.array, ...]:
+    def _chunk(self, waiting: dict[Row, list[int]], share: int) -> PromptChunk:
+        """So many tokens of each row, or what is left of it; padding in rows of the storage that are through."""
+        chunks = {row: tokens[:share] for row, tokens in waiting.items()}
+        done = [row for row, chunk in chunks.items() if len(chunk) == len(waiting[row])]
         size, many = self.kv.rows, self._many(share)
         tokens = np.zeros((size, many), dtype=np.int32)
         offset, last = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
@@ -221,10 +288,9 @@ class Prefill:
             mx.array(offset),
             min(bucket(end, SMALLEST_KV_LENGTH), self.kv.capacity) if buckets else end,
             last=mx.array(last),
-            adapters=self._pool.rows(adapters),
             exact=size == 1 and not buckets,
         )
-        return self._step(self.kv, given, sampling)
+        return PromptChunk(self, chunks, given, adapters, done)
 
     def _many(self, share: int) -> int:
         """Tokens of each row of a pass, padding included."""

@@ -22,6 +22,7 @@ from engine.models.attention import Mask
 from engine.models.cache import KeyValues, Stored, View
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues, JointRun, JointView
+from engine.models.mixed import MixedView
 from engine.models.stretches import Hidden, Stretch, without_tokens
 from engine.platform.compiler import fuses_on_cpu, on_cpu
 
@@ -107,6 +108,9 @@ class Step:
         self._stretches = model.stretches if compiled == "decode" else None
         #: Whether decoding and prompts come in buckets.
         self.decode_buckets, self.prompt_buckets = compiled != "none", compiled == "all"
+        #: Whether a pass of rows that decode may take a chunk of prompts along: where neither is compiled for it. On a
+        #: GPU each size of both would be compiled, and it took as long as two passes (H200).
+        self.mixes = model.stretches is not None and not (self.prompt_buckets or model.kv_sizes.joint)
         self._compiled = compiled
         #: The compiled passes, the least recently used first.
         self.kept: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
@@ -121,6 +125,25 @@ class Step:
         """
         kv.stored, chosen = self.whole(kv.stored, given, sampling)
         return tuple(chosen)
+
+    def mixed(
+        self, kv: KeyValues, given: ForwardInput, prompts: KeyValues, chunk: ForwardInput, sampling: SamplingBatch
+    ) -> tuple[mx.array, ...]:
+        """The same for a new token of each row of `kv` and, in one pass, a `chunk` of the `prompts`; nothing of it is
+        compiled.
+
+        `given.adapters`: of each token of both. `chunk.last`: of the prompts whose next tokens are chosen too, behind
+        those of the rows, the index in the chunk's tokens, one prompt after the other.
+        """
+        assert chunk.last is not None
+        view = MixedView(self._layers_view(kv.stored, given), self._layers_view(prompts.stored, chunk))
+        tokens = mx.concatenate([given.tokens[:, 0], chunk.tokens.reshape(-1)])
+        hidden = self._model(tokens[:, None], cache=view, adapters=given.adapters)
+        kv.stored, prompts.stored = (part.written for part in view.views)
+        rows = given.tokens.shape[0]
+        chosen = mx.concatenate([mx.arange(rows), rows + chunk.last])
+        logits = self._logits(_End(hidden[chosen], None))
+        return tuple(_chosen(logits, replace(given, tokens=tokens[chosen][:, None]), sampling))
 
     def whole(
         self, stored: Stored, given: ForwardInput, sampling: SamplingBatch | None

@@ -431,7 +431,7 @@ class View:
     ) -> None:
         self.keys, self.values, self.states = (list(arrays) for arrays in kv)
         self._sizes = sizes if sizes is not None and sizes.packed else None
-        self.offset, self.kv_length, self.exact = offset, kv_length, exact
+        self.offset, self.kv_length, self.exact, self.shape = offset, kv_length, exact, shape
         (self._rows, self._tokens), self._first = shape, first
         self._positions = offset.astype(mx.uint32)
         self._written_at: dict[int, Places] = {}

@@ -21,6 +21,7 @@ from engine.models.attention import Mask
 from engine.models.buckets import bucket
 from engine.models.cache import SMALLEST_KV_LENGTH, HoldsKeyValues, KeyValues, KvSide, LayerCache, Stored
 from engine.models.layers import RowAdapters
+from engine.models.mixed import MixedView
 from engine.models.openings import FEWEST, Kept, Opening, Share, Span, own_lengths, share
 from kernels.attend import AttendAdapters
 
@@ -492,4 +493,4 @@ class JointRun:
 
 
 #: What a decoder's forward pass may be given.
-Cache: TypeAlias = LayerCache | JointView
+Cache: TypeAlias = LayerCache | JointView | MixedView

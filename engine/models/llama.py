@@ -14,11 +14,12 @@ import mlx.core as mx
 
 from engine.models import rope
 from engine.models.attention import attention, from_heads, to_heads
-from engine.models.cache import KvSide, KvSizes
+from engine.models.cache import KvSide, KvSizes, LayerCache
 from engine.models.decoder import RunBlock
 from engine.models.fastmath import swiglu
 from engine.models.joint import Cache, JointView
 from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm
+from engine.models.mixed import MixedView
 from engine.models.shard import Shard
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
 from engine.models.stretches import Hidden, Stretches, in_parts, without_tokens
@@ -113,13 +114,20 @@ class Attention:
     def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> Update:
         if isinstance(cache, JointView):
             return self.o_proj.unadapted(self._attend_jointly(x, cache), cache.adapters)
-        offset = 0 if cache is None else cache.offset
-        queries, keys, values = self._project(x, offset, adapters)
+        projected = self._project(x, 0 if cache is None else cache.offset, adapters)
+        if isinstance(cache, MixedView):
+            parts = zip(*map(cache.parts, projected), cache.views, strict=True)
+            y = cache.joined([self._attend(q, k, v, view) for q, k, v, view in parts])
+        else:
+            y = from_heads(self._attend(*projected, cache), x.shape[:-1])
+        return self.o_proj(y, adapters)
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, cache: LayerCache | None) -> mx.array:
+        """Attention of heads (B, heads, T, d) to what is stored of them, these included, or to each other."""
         if cache is not None:
             keys, values = cache.update(self.index, keys, values)
         mask = "causal" if cache is None else cache.mask
-        y = attention(queries, keys, values, scale=self.scale, mask=mask, window=self.args.window)
-        return self.o_proj(from_heads(y, x.shape[:-1]), adapters)
+        return attention(queries, keys, values, scale=self.scale, mask=mask, window=self.args.window)
 
     def _attend_jointly(self, x: mx.array, cache: JointView) -> mx.array:
         """Attention of one new token a row, (B, 1, H·d) or as x (B, H·d), by the kernel that begins at the

@@ -52,12 +52,12 @@ def test_a_pass_gives_nothing_to_a_row_that_left_and_came_again(batch: Batch, mo
     batch.leave(leaves)
     leaves.cached = 1
     seat(batch, model, leaves)
-    assert [row for row, _ in batch.read(pending)] == [stays]
+    assert [row for row, _ in batch.read(pending).rows] == [stays]
     stays.tokens.append(9)
     assert batch.launch()
     again = batch.in_flight
     assert again is not None
-    assert [row for row, _ in batch.read(again)] == [stays, leaves]
+    assert [row for row, _ in batch.read(again).rows] == [stays, leaves]
 
 
 def test_a_row_that_came_again_is_not_taken_for_one_whose_token_is_on_its_way(batch: Batch, model: LoadedModel) -> None:

@@ -17,9 +17,8 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation import lane as lane_module
-from engine.generation.batch import Batch, Tried
+from engine.generation.batch import Batch, Read, Tried
 from engine.generation.drafting import FORGET, GUESS, LEAST, TRIES, WIDTHS, WITHOUT, Drafter, Plan
-from engine.generation.draws import Pick
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import LaneLimits
 from engine.generation.lookup import NGRAM, PRIOR, REACH, Lookup, PromptNgrams
@@ -371,7 +370,7 @@ class Clock:
         self.now, self.widths = 0.0, list[int]()
         read, tried = Batch.read, Batch.try_drafts
 
-        def timed_read(batch: Batch, pending: Any) -> list[tuple[Row, Pick]]:
+        def timed_read(batch: Batch, pending: Any) -> Read:
             self._passed(1, token)
             return read(batch, pending)
 

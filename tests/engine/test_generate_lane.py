@@ -122,6 +122,12 @@ class Driver:
         assert self.lane.batch.in_flight is None
 
 
+def apart(driver: Driver) -> Driver:
+    """Its prompts have passes of their own, as those of a model that runs through mlx-lm's file."""
+    driver.lane.step.mixes = False
+    return driver
+
+
 def request(prompt: list[int], **options: Any) -> GenerateRequest:
     return GenerateRequest(**{"model": "tiny", "prompt": tiny.text(prompt), "max_tokens": 12, **options})
 

@@ -22,7 +22,7 @@ from engine.prefixes.memory import PrefixCache
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest
 from tests.engine import bridged
-from tests.engine.test_generate_lane import Driver, request
+from tests.engine.test_generate_lane import Driver, apart, request
 
 PREFIX = 60
 
@@ -187,7 +187,7 @@ def test_what_recurrent_layers_keep_of_a_row_counts(tmp_path: Path, monkeypatch:
 def test_no_more_rows_make_way_than_have_to(model: LoadedModel, tmp_path: Path) -> None:
     """Three rows grow beyond 256 positions, and memory holds two of 384."""
     pool = AdapterPool(model, AdapterStore(tmp_path))
-    driver = Driver(model, pool, slots=3, kv_bytes=280_000, prefix_share=0.0)
+    driver = apart(Driver(model, pool, slots=3, kv_bytes=280_000, prefix_share=0.0))
     for number in range(3):
         driver.send(request([3 + number, 4] * 115, max_tokens=50, ignore_eos=True))
         driver.step()

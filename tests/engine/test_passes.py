@@ -24,7 +24,7 @@ from engine.models.llama import Llama
 from engine.prefixes.memory import SHORTEST, PrefixCache
 from engine.ticket import Ticket
 from tests.engine import bridged, tiny
-from tests.engine.test_generate_lane import Driver, request
+from tests.engine.test_generate_lane import Driver, apart, request
 
 
 @pytest.fixture
@@ -35,14 +35,14 @@ def model(tiny_llama: Llama) -> LoadedModel:
 @pytest.fixture
 def driver(model: LoadedModel, tmp_path: Path) -> Driver:
     driver = Driver(model, AdapterPool(model, AdapterStore(tmp_path)), slots=6)
-    driver.lane.step.prompt_buckets = True
+    driver.lane.step.prompt_buckets, driver.lane.step.mixes = True, False
     return driver
 
 
 @pytest.fixture
 def uncompiled(model: LoadedModel, tmp_path: Path) -> Driver:
-    """As on a CPU, where prompts are not compiled."""
-    return Driver(model, AdapterPool(model, AdapterStore(tmp_path)), slots=16)
+    """As a model of mlx-lm's files on a CPU, where prompts are not compiled and have passes of their own."""
+    return apart(Driver(model, AdapterPool(model, AdapterStore(tmp_path)), slots=16))
 
 
 class Pass(NamedTuple):
@@ -227,7 +227,7 @@ def test_prompts_that_have_no_slot_make_no_chunk_longer(
         asked.append(prompts)
         return plain(pacer, priority, decoding=decoding, prompts=prompts)
 
-    driver = Driver(model, AdapterPool(model, AdapterStore(tmp_path)), slots=3)
+    driver = apart(Driver(model, AdapterPool(model, AdapterStore(tmp_path)), slots=3))
     for number in range(2):
         driver.send(request(prompt(4, number), max_tokens=60))
     while not driver.lane.batch.in_flight:

@@ -18,8 +18,7 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation import lane, pacing
-from engine.generation.batch import Batch
-from engine.generation.draws import Pick
+from engine.generation.batch import Batch, Read
 from engine.generation.forward_input import ForwardInput
 from engine.generation.grouping import Grouping
 from engine.generation.kv_budget import KvBudget
@@ -37,7 +36,7 @@ from engine.ticket import Ticket
 from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.test_batch import row_of, seat
-from tests.engine.test_generate_lane import Driver, Sent, request
+from tests.engine.test_generate_lane import Driver, Sent, apart, request
 from tests.thorough import quick
 
 STREAM, BULK = 5, 9
@@ -70,7 +69,7 @@ class Device:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> Device:
         read, advance, through = Batch.read, Prefill.advance, Step.__call__
 
-        def timed_read(batch: Batch, pending: Any) -> list[tuple[Row, Pick]]:
+        def timed_read(batch: Batch, pending: Any) -> Read:
             self.passes.append([row.priority for row in pending.rows])
             self.now += 1 + self.row * (len(pending.rows) - 1)
             return read(batch, pending)
@@ -564,7 +563,7 @@ def test_a_short_rest_of_a_prompt_has_no_pass_of_its_own(
 ) -> None:
     """Where a chunk is small, the pass over the weights is most of what it takes."""
     device = Device(0.1, token=0.5).install(monkeypatch)
-    driver = Driver(model, pool, slots=4, stall=5.0)
+    driver = apart(Driver(model, pool, slots=4, stall=5.0))
     driver.send(stream(0, tokens=200))
     for number in range(4):
         driver.send(request([3 + number] * 60, max_tokens=1, priority=STREAM))

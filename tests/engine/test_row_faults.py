@@ -14,7 +14,7 @@ from engine.adapters.lora import LoraWeights
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
-from engine.generation import batch as batch_module
+from engine.generation import gathering
 from engine.generation.batch import Batch
 from engine.generation.lane import GenerateLane
 from engine.generation.prompt import TokenizedPrompt
@@ -134,7 +134,7 @@ class Failing:
                 raise Planted("sampling_batch")
             return whole(draws, *rest)
 
-        self._patch.setattr(batch_module, "sampling_batch", planted)
+        self._patch.setattr(gathering, "sampling_batch", planted)
 
     def prefixes(self, lane: GenerateLane, name: str) -> None:
         whole = getattr(lane.prefixes, name)
