@@ -20,6 +20,7 @@ from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues
 from engine.models.openings import Span
+from engine.platform.compiler import on_cpu
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class PendingStep:
     draws: list[Draw]
     chosen: tuple[mx.array, ...]
     chunk: PromptChunk | None = None
+
+    def begin(self) -> None:
+        """Give it to the device, if that has not been done. One that takes a chunk along is not compiled: of so many
+        operations MLX keeps the caller waiting until all but some are done, and the pass before it could not be read
+        meanwhile."""
+        stored = ([], [], []) if self.chunk is None else self.chunk.prefill.kv.stored
+        mx.async_eval(self.chosen, stored)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ class Batch:
     def launch(self, count: int | None = None, chunk: PromptChunk | None = None) -> bool:
         """Start the next pass, whether or not the last one has been read; False if no row needs it. `count`: how many
         rows it takes, from the first slot on; the others rest, with their keys and values. None: all. `chunk`: of
-        prompts, which it takes along.
+        prompts, which it takes along: then it is made, and begins with `PendingStep.begin`.
 
         Raises `RowFault` for a row that cannot be sampled, before anything has begun.
         """
@@ -178,14 +186,14 @@ class Batch:
         self.fit()
         if chunk is None:
             draws, chosen = self._decode(pending, rows, ahead)
-            mx.async_eval(chosen)  # type: ignore[no-untyped-call]
         else:
             draws, chosen = self._decode_with(chunk, pending, rows, ahead)
-            mx.async_eval(chosen, chunk.prefill.kv.stored)  # type: ignore[no-untyped-call]
             chunk.goes()
         for row in rows:
             row.cached += 1
         self._in_flight = PendingStep(rows, [row.epoch for row in rows], draws, chosen, chunk)
+        if not on_cpu():
+            self._in_flight.begin()
         return True
 
     def _decode(

@@ -18,7 +18,6 @@ from engine.generation.guess import Guess
 from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.generation.pacing import CHUNK, CHUNK_OF_LAUNCHES, Chunk, LanePacer
-from engine.generation.prefill import LEAST as SHORT
 from engine.generation.prefill import Prefill, PromptChunk, owner
 from engine.generation.prompt import beginning_of, check_ids, check_memory, tokenize
 from engine.generation.prompts import Prompts
@@ -252,7 +251,7 @@ class GenerateLane:
         self._pacer.begin({row.priority for row in self.held}, alone=lookahead, empty=not self.batch.rows)
         # Prompts and rows that decode take turns, unless one pass takes both.
         late, self._let_go = self._let_go, False
-        pushed = not (late or self._mixes or self._ends_prompts) and self._push_prompts(output)
+        pushed = not (late or self._ends_prompts) and self._push_prompts(output)
         if pushed and self._gathers:
             self._pacer.gather()
         elif output.entries and lookahead:
@@ -290,10 +289,10 @@ class GenerateLane:
         return pushed
 
     def _push(self, priorities: range, output: StepOutput) -> bool:
-        """Push the best group of these priorities on by a chunk; whether there is one."""
+        """Push the best group of these priorities on by a chunk; whether there is one that has a pass to itself."""
         self._begin_prefill(priorities)
         prefill = self._prompts.best(priorities)
-        if prefill is None:
+        if prefill is None or self._goes_along(prefill):
             return False
         self._seat(self._advanced(prefill, self._chunk(prefill.priority)), prefill, output)
         return True
@@ -309,12 +308,11 @@ class GenerateLane:
                 self.batch.join(row, prefill.kv, prefill.kv_row(row))
         self._prompts.count()
 
-    @property
-    def _mixes(self) -> bool:
+    def _goes_along(self, group: Prefill) -> bool:
         """Whether prompts go along with the passes of the rows that decode. Drafts have these passes to themselves, and
-        so has a foreground."""
+        so has a foreground; short prompts have their first tokens sooner by a pass of their own."""
         rows, pacer, ahead = self.batch.rows, self._pacer, int(self.batch.in_flight is not None)
-        if not (self.step.mixes and rows) or pacer.contested or pacer.gathers:
+        if not (self.step.mixes and rows) or group.short or pacer.contested or pacer.gathers:
             return False
         return self.drafter.plan(rows, self.batch.room - ahead, ahead).width == 1
 
@@ -326,12 +324,11 @@ class GenerateLane:
 
     def _along(self) -> PromptChunk | None:
         """What the next pass takes along."""
-        if not (self._prompts or self._roster.waiting) or not self._mixes:
-            return None
-        self._begin_prefill(self._pacer.foreground)
         group = self._prompts.best(self._pacer.foreground)
-        tokens = 0 if group is None else self._pacer.mixed_tokens(self._coming(group.priority))
-        return group.next(tokens) if group is not None and tokens else None
+        if group is None or not self._goes_along(group):
+            return None
+        tokens = self._pacer.mixed_tokens(self._coming(group.priority))
+        return group.next(tokens) if tokens else None
 
     def _begin_prefill(self, priorities: range) -> None:
         """Take rows that wait, unless a group as good is under way."""
@@ -372,7 +369,7 @@ class GenerateLane:
         """Which prompts of this priority go together: on a CPU as many as one chunk takes."""
         if self.step.prompt_buckets:
             return GroupLimits(GROUP_TOKENS)
-        tokens = SHORT if self._mixes else self._chunk(priority).pacer.most
+        tokens = self._chunk(priority).pacer.most
         return GroupLimits(tokens, padding=PASS, alike=bool(self._decoder.kv_sizes.states))
 
     def _chunk(self, priority: int) -> Chunk:
@@ -440,6 +437,7 @@ class GenerateLane:
         pending = batch.in_flight
         if pending is None:
             return Decoded()
+        pending.begin()
         # A grammar has to see a token before it can say which may follow, and so has a draft.
         if lookahead and not any(row.grammar for row in batch.rows) and self._plan_drafts(ahead=1).width == 1:
             self._launch(again=True)

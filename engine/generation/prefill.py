@@ -28,6 +28,8 @@ LEAST, MOST = 32, 2048
 #: Tokens of a chunk up to which the pass over the weights is most of what it takes: then it takes the rest of a prompt
 #: along that is at most half as long.
 FEW = 4 * LEAST
+#: Tokens of prompts that are short.
+SHORT = LEAST + LEAST // 2
 #: A chunk of half the tokens that takes more than this part of the time saves nothing that those who wait would see.
 SAVES = 0.9
 #: A fifth less is worth twice the chunks, each with a pass of those who wait before it. A tenth less is worth them
@@ -135,7 +137,6 @@ class PromptChunk:
 
     def goes(self) -> None:
         """A pass with it was launched."""
-        self.prefill.begun = True
         for row, part in self.parts.items():
             row.cached += len(part)
 
@@ -166,10 +167,10 @@ class Prefill:
         self._model, self._pool, self._step = model, pool, step
         self._clock, self._agreed = clock, agreed
         self.rows, self.priority = list(rows), rows[0].priority
-        #: Whether a part of the prompts has gone.
-        self.begun = False
         self._kv_rows = {id(row): index for index, row in enumerate(self.rows)}
         self.kv = self._start(prefixes)
+        #: Whether all of it is few tokens.
+        self.short = len(rows) * max(row.length - row.cached for row in rows) <= SHORT
         for row in self.rows:
             row.state = RowState.PREFILLING
 
@@ -233,15 +234,12 @@ class Prefill:
 
     def next(self, tokens: int) -> PromptChunk | None:
         """What goes along with a pass of rows that decode, of about so many tokens; None while a row's last ones are on
-        their way: its storage may not be written to then. Short prompts go whole: in parts they would hold up the rows
-        for as long, and wait for more passes. Raises `RowFault`."""
+        their way: its storage may not be written to then. Raises `RowFault`."""
         waiting = self._waiting()
         if not all(waiting.values()):
             return None
         longest = max(map(len, waiting.values()))
-        whole = longest * len(waiting)
-        parts = 1 if whole <= LEAST and not self.begun else -(-whole // tokens)
-        return self._chunk(waiting, -(-longest // parts))
+        return self._chunk(waiting, -(-longest // -(-longest * len(waiting) // tokens)))
 
     def _waiting(self) -> dict[Row, list[int]]:
         """Tokens of each row that have not gone."""

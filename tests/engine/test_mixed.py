@@ -14,11 +14,12 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation import pacing
+from engine.generation.batch import PendingStep
 from engine.generation.drafting import Drafter, Plan
 from engine.generation.draws import Pick
 from engine.generation.forward_input import ForwardInput
 from engine.generation.pacing import LEAST_MIXED, MIXED, WITHOUT, LanePacer, MixedPacer
-from engine.generation.prefill import LEAST, Prefill
+from engine.generation.prefill import SHORT, Prefill
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.models.cache import KeyValues
@@ -192,13 +193,13 @@ def test_a_prompt_next_to_streams_has_no_pass_of_its_own(
     driver.assert_empty()
 
 
-def test_a_short_prompt_goes_whole_and_a_long_one_in_even_parts(
+def test_a_prompt_goes_along_in_even_parts(
     model: LoadedModel, pool: AdapterPool, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LanePacer, "mixed_tokens", lambda *_: 10)
     driver = Driver(model, pool)
     streaming(driver)
-    for length, parts in ((LEAST, [LEAST]), (LEAST + 1, [9, 8, 8, 8]), (40, [10] * 4)):
+    for length, parts in ((SHORT + 1, [10, 10, 10, 10, 9]), (60, [10] * 6), (61, [9, 9, 9, 9, 9, 8, 8])):
         passes.along.clear()
         sent = driver.send(request([3 + (length + 7 * at) % 50 for at in range(length)], max_tokens=1))
         while not sent.tokens:
@@ -206,15 +207,37 @@ def test_a_short_prompt_goes_whole_and_a_long_one_in_even_parts(
         assert passes.along == parts
 
 
-def test_short_prompts_that_come_together_go_along_together(
+def test_short_prompts_have_a_pass_of_their_own_which_gives_them_their_tokens_sooner(
     model: LoadedModel, pool: AdapterPool, passes: Passes
 ) -> None:
     driver = Driver(model, pool, slots=4)
     streaming(driver)
-    sent = [driver.send(request([20 + number] * 12, max_tokens=3)) for number in range(2)]
-    while not all(one.tokens for one in sent):
+    passes.alone.clear()
+    sent = [driver.send(request([20 + number] * (SHORT // 2), max_tokens=3)) for number in range(2)]
+    driver.step()
+    assert [len(one.tokens) for one in sent] == [1, 1], "the pass that was made ahead had not begun"
+    assert passes == Passes([], [SHORT])
+
+
+def test_a_pass_that_is_made_ahead_begins_when_it_is_read_so_that_the_one_before_it_is_not_held_up(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU MLX lets its caller wait until nearly all that it was given is done."""
+    driver = Driver(model, pool)
+    stream = streaming(driver)
+    begun: list[int] = []
+    begin = PendingStep.begin
+
+    def noting(pending: PendingStep) -> None:
+        begun.append(len(stream.tokens))
+        begin(pending)
+
+    monkeypatch.setattr(PendingStep, "begin", noting)
+    first = len(stream.tokens)
+    for _ in range(3):
         driver.step()
-    assert passes.along == [24]
+    assert driver.lane.batch.in_flight is not None
+    assert begun == [first, first + 1, first + 2], "the pass ahead has not begun"
 
 
 def test_a_prompt_whose_last_tokens_are_under_way_when_all_streams_end_gets_its_first_one(
@@ -222,14 +245,14 @@ def test_a_prompt_whose_last_tokens_are_under_way_when_all_streams_end_gets_its_
 ) -> None:
     driver = Driver(model, pool)
     stream = streaming(driver)
-    later = driver.send(request(LONG[:20], max_tokens=4))
+    later = driver.send(request(LONG[:60], max_tokens=4))
     until_last_chunk(driver)
     stream.ticket.cancel()
     driver.run()
-    assert passes.along == [20]
+    assert sum(passes.along) == 60
     assert len(later.ids) == 4
     plain = apart(Driver(model, pool))
-    alone = plain.send(request(LONG[:20], max_tokens=4))
+    alone = plain.send(request(LONG[:60], max_tokens=4))
     plain.run()
     assert later.ids == alone.ids
     driver.assert_empty()
@@ -240,7 +263,7 @@ def test_a_prompt_that_is_stopped_while_its_last_tokens_are_under_way_gets_none(
 ) -> None:
     driver = Driver(model, pool)
     stream = streaming(driver)
-    later = driver.send(request(LONG[:20], max_tokens=4))
+    later = driver.send(request(LONG[:60], max_tokens=4))
     until_last_chunk(driver)
     later.ticket.cancel()
     driver.step()
@@ -312,10 +335,10 @@ def test_a_pass_takes_as_many_tokens_along_as_are_measured_to_fit() -> None:
 def test_prompts_make_a_pass_less_than_twice_as_long_and_each_further_one_as_much_again() -> None:
     pacer = LanePacer(stall=1.0)
     pacer.note(0.1, 2)
-    pacer.note_mixed(0.2, 10)
-    assert pacer.mixed_tokens(1) == int(10 * MIXED)
-    assert pacer.mixed_tokens(3) == int(30 * MIXED)
-    assert pacer.mixed_tokens(200) == int(100 * MIXED), "no longer than the stall"
+    pacer.note_mixed(0.2, 100)
+    assert MIXED < 1
+    assert [pacer.mixed_tokens(prompts) for prompts in (1, 3)] == [100 * MIXED, 300 * MIXED]
+    assert pacer.mixed_tokens(200) == 1000 * MIXED, "no longer than the stall"
 
 
 def test_now_and_then_a_pass_goes_without_prompts_and_shows_what_that_takes(
@@ -331,6 +354,7 @@ def test_now_and_then_a_pass_goes_without_prompts_and_shows_what_that_takes(
     assert pacer.mixed_tokens(1) > 0
 
     monkeypatch.setattr(pacing, "WITHOUT", 3)
+    monkeypatch.setattr(MixedPacer, "tokens", lambda *_: 8)
     driver, alone = Driver(model, pool), list[Any]()
     streaming(driver)
     plain = LanePacer.note
