@@ -12,10 +12,8 @@ import hashlib
 import logging
 import os
 import re
-import stat
 import struct
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from pathlib import Path
 
 from engine.making_way import Neighbours
 from stoker.address import Address
+from stoker.files.private import temporary_folder, trusted
 from stoker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -113,8 +112,7 @@ def _opened(path: Path) -> int:
     """Raises `PermissionError` for a folder or a file that another user may have put there."""
     folder = path.parent
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if folder.is_symlink() or not trusted(folder):
         raise PermissionError(f"{folder} is not this user's alone")
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
@@ -126,7 +124,7 @@ def lock_file(broker: Address, device: str) -> Path:
     for name in _LOOPBACK:
         where = where.replace(f"//{name}", "//loopback", 1)
     digest = hashlib.sha256(f"{where} {device}".encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"stoker-{os.getuid()}" / f"{digest}.streams"
+    return temporary_folder() / f"{digest}.streams"
 
 
 def neighbours_of(settings: Settings, device: str) -> Neighbours | None:

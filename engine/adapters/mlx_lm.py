@@ -32,6 +32,8 @@ _TABLE = Table(
         ),
         ANYTHING,
     ),
+    # Its number of layers is that of those with an adapter; -1: all.
+    kinds={},
 )  # fmt: skip
 _PARAMETERS = Table(("rank", "scale", "keys"), {"dropout": ANYTHING})
 

@@ -14,7 +14,7 @@ from engine.checkpoints.sources import naming
 from engine.checkpoints.stored_forms import FLOATS, mlx_form, stored_forms
 from engine.models import allowed
 from engine.models.bridge import configs, gguf_models, package
-from engine.models.fields import Fields, renamed
+from engine.models.fields import Fields, check_kind, renamed
 from engine.models.rerank_files import RerankFiles
 from engine.models.sentence_files import SentenceFiles, model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config, read_object
@@ -188,12 +188,14 @@ def _check_count(where: Path, name: str, value: object, tensors: int) -> None:
 
 
 def _sizes_of_any(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of an architecture that has other names for them; 1 head where a model attends nowhere."""
-    found = {
-        name: next((config[other] for other in others if config.get(other) is not None), None)
-        for name, others in _NAMES.items()
-        if config.get(name) is None
-    }
+    """The sizes of an architecture that has other names for them; 1 head where a model attends nowhere.
+    Raises `ModelError` for one that is none, by the name that the file has for it."""
+    found: dict[str, Any] = {}
+    for name, others in _NAMES.items():
+        if config.get(name) is None:
+            other = next((other for other in others if config.get(other) is not None), name)
+            found[name] = config.get(other)
+            check_kind(found[name], name, "config.json", other)
     if "num_attention_heads" in found and found["num_attention_heads"] is None:
         found["num_attention_heads"] = 1
     return {name: value for name, value in found.items() if value is not None}

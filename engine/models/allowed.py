@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.models.fields import KINDS, Kind, among, short
 from stoker.errors import ModelError
 
 
@@ -24,35 +25,31 @@ Inert = Mapping[str, Anything | tuple[object, ...]]
 
 @dataclass(frozen=True)
 class Table:
-    """The fields of one kind of file. `used`: read by the code that asks, which checks their values."""
+    """The fields of one kind of file. `used`: read by the code that asks, which checks what their kind leaves open.
+    `kinds`: of fields, those of a config.json unless another file is meant that has the same names for other things."""
 
     used: Collection[str]
     inert: Inert = field(default_factory=dict)
+    kinds: Mapping[str, Kind] = field(default_factory=lambda: KINDS)
 
     def check(self, values: Mapping[str, Any], where: str) -> None:
-        """Raise `ModelError` naming a field that asks for what is not implemented."""
+        """Raise `ModelError` naming a field that has a value of a wrong kind, or asks for what is not implemented."""
         for name, value in values.items():
-            if name in self.used or value is None:
+            if value is None:
+                continue
+            if name in self.used:
+                if name in self.kinds:
+                    self.kinds[name].check(value, name, where)
                 continue
             allowed = self.inert.get(name)
             if allowed is None:
                 raise ModelError(
-                    f"{where}: the field {name} = {_short(value)} is not supported: nothing here knows what it asks "
+                    f"{where}: the field {name} = {short(value)} is not supported: nothing here knows what it asks "
                     "for. If all is the same without it, remove it"
                 )
-            if not isinstance(allowed, Anything) and not _among(value, allowed):
+            if not isinstance(allowed, Anything) and not among(value, allowed):
                 only = f"; only {' or '.join(map(repr, allowed))} is" if allowed else ""
-                raise ModelError(f"{where}: {name} = {_short(value)} is not supported{only}")
-
-
-def _among(value: object, allowed: tuple[object, ...]) -> bool:
-    """JSON's true is no 1."""
-    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "…"
+                raise ModelError(f"{where}: {name} = {short(value)} is not supported{only}")
 
 
 def _names(text: str) -> Inert:

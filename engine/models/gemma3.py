@@ -99,14 +99,15 @@ def _windowed(config: Mapping[str, Any], fields: Fields, layers: int) -> tuple[b
 
 def _rope(config: Mapping[str, Any], kind: str) -> tuple[float, float]:
     """The base of rope in layers of this kind, and by what positions are divided."""
-    stated, older = config.get("rope_parameters") or {}, config.get("rope_scaling")
-    value = (stated.get(kind) or {}) if isinstance(stated, Mapping) else None
-    if not isinstance(value, Mapping) or not set(stated) <= {_FULL, _SLIDING} or not isinstance(older, Mapping | None):
+    outer = Fields(config, "config.json")
+    stated, older = outer.mapping("rope_parameters"), outer.mapping("rope_scaling")
+    if not set(stated) <= {_FULL, _SLIDING}:
         raise ModelError(
             f"config.json: rope_parameters {str(stated)[:100]} is not supported; an object for {_FULL} and one for "
             f"{_SLIDING} are"
         )
-    if kind == _FULL and older:
+    value = Fields(stated, "config.json: rope_parameters").mapping(kind)
+    if kind == _FULL:
         value = {**value, **older}
     where = f"config.json: rope_parameters: {kind}"
     linear = value.get("rope_type", value.get("type", "default")) == "linear"
@@ -115,9 +116,7 @@ def _rope(config: Mapping[str, Any], kind: str) -> tuple[float, float]:
     Table(used, {"rope_type": types, "type": types}).check(value, where)
     fields = Fields(value, where)
     name, default = _BASES[kind]
-    base = (
-        fields.number("rope_theta") if value.get("rope_theta") else Fields(config, "config.json").number(name, default)
-    )
+    base = outer.number(name, default) if value.get("rope_theta") is None else fields.number("rope_theta")
     return base, fields.number("factor") if linear else 1.0
 
 

@@ -91,13 +91,13 @@ def _windowed(config: Mapping[str, Any], fields: Fields, layers: int) -> tuple[b
 
 def _base(config: Mapping[str, Any], kind: str) -> float:
     """The base of rope in layers of this kind."""
-    stated = config.get("rope_parameters") or {}
-    value = (stated.get(kind) or {}) if isinstance(stated, Mapping) else None
-    if not isinstance(value, Mapping) or (stated and not set(stated) <= {_FULL, _SLIDING}):
+    stated = Fields(config, "config.json").mapping("rope_parameters")
+    if not set(stated) <= {_FULL, _SLIDING}:
         raise ModelError(
             f"config.json: rope_parameters {str(stated)[:100]} is not supported; an object for {_FULL} and one for "
             f"{_SLIDING} are"
         )
+    value = Fields(stated, "config.json: rope_parameters").mapping(kind)
     where = f"config.json: rope_parameters: {kind}"
     Table(("rope_theta",), {"rope_type": ("default",), "type": ("default",)}).check(value, where)
     if value.get("rope_theta") is not None:

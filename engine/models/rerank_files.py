@@ -141,6 +141,6 @@ def _sigmoid(sentence: SentenceFiles, config: Mapping[str, Any]) -> bool:
         config.get("sbert_ce_default_activation_function"),
     )
     named = next((name for name in stated if name is not None), "torch.nn.modules.activation.Sigmoid")
-    if named not in _ACTIVATIONS:
+    if str(named) not in _ACTIVATIONS:
         raise ModelError(f"activation_fn {str(named)[:100]!r} is not supported; {' and '.join(_ACTIVATIONS)} are")
     return _ACTIVATIONS[str(named)]

@@ -83,9 +83,10 @@ def _albert(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> li
 
 
 def _deberta(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> list[Layer]:
-    dim, activation = encoder.args.dim, config.get("pooler_hidden_act") or "gelu"
+    dim, activation = encoder.args.dim, config.get("pooler_hidden_act")
+    activation = "gelu" if activation is None else activation
     Fields(config, "config.json").only("pooler_hidden_size", dim)
-    if activation not in _POOLER_ACTIVATIONS:
+    if str(activation) not in _POOLER_ACTIVATIONS:
         raise ModelError(
             f"config.json: pooler_hidden_act = {str(activation)[:100]!r} is not supported; "
             f"{', '.join(_POOLER_ACTIVATIONS)} are"

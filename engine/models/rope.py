@@ -67,9 +67,7 @@ def from_config(config: Mapping[str, Any], context: int, head_dim: int) -> tuple
     Raises `ModelError` for what is not supported.
     """
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    value = config.get(name) or {}
-    if not isinstance(value, Mapping):
-        raise ModelError(f"config.json: {name} {str(value)[:100]} is not an object")
+    value = Fields(config, "config.json").mapping(name)
     where = f"config.json: {name}"
     if any(isinstance(each, Mapping) for each in value.values()):
         raise ModelError(f"{where}: by layer type ({', '.join(value)}) is not supported; only one for all layers is")

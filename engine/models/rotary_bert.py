@@ -20,7 +20,6 @@ from engine.models.fields import Fields, renamed
 from engine.models.layers import Embedding, LayerNorm, Linear
 from engine.models.rope import Rope, check_heads
 from engine.weights.tensors import Tensors
-from stoker.errors import ModelError
 
 
 class _Parts(NamedTuple):
@@ -93,10 +92,7 @@ class RotaryBertArgs:
 
 
 def _base(config: Mapping[str, Any], architecture: str) -> float:
-    stated = config.get("rope_parameters") or {}
-    where = "config.json: rope_parameters"
-    if not isinstance(stated, Mapping):
-        raise ModelError(f"{where} {str(stated)[:100]} is not an object")
+    stated, where = Fields(config, "config.json").mapping("rope_parameters"), "config.json: rope_parameters"
     Table(("rope_theta",), {"rope_type": ("default",), "type": ("default",)}).check(stated, where)
     if stated.get("rope_theta") is not None:
         return Fields(stated, where).number("rope_theta")

@@ -67,7 +67,8 @@ class T5Args:
         """From Hugging Face's config.json. Raises `ModelError` naming a field that is absent or not supported."""
         TABLES["t5"].check(config, "config.json")
         fields = Fields(renamed(config, _ALIASES), "config.json")
-        form = config.get("feed_forward_proj") or "relu"
+        form = config.get("feed_forward_proj")
+        form = "relu" if form is None else form
         if not isinstance(form, str) or form not in _FORMS:
             raise ModelError(
                 f"config.json: feed_forward_proj = {str(form)[:100]!r} is not supported; {', '.join(_FORMS)} are"

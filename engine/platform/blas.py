@@ -26,8 +26,8 @@ from pathlib import Path
 
 from engine.platform import few_rows
 from engine.platform.elf import ElfError, strip_prefix
-from engine.platform.few_rows import trusted
 from stoker.files.durable import write_whole
+from stoker.files.private import temporary_folder, trusted
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _choose(cache: Path | None, wanted: str) -> tuple[Path | None, str]:
 
 def _few_rows(loaded: ctypes.CDLL) -> tuple[ctypes.CDLL, Path] | None:
     """The products that go before those of OpenBLAS, with their file; None where there are none."""
-    path = few_rows.compiled(few_rows.usual_folder())
+    path = few_rows.compiled(temporary_folder())
     try:
         return None if path is None else (few_rows.load(path, loaded), path)
     except (OSError, AttributeError) as error:

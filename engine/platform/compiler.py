@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 
 import mlx.core as mx
 
-from engine.platform import preamble
+from engine.platform import gxx, preamble
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ def fuses_on_cpu() -> bool:
     `mx.exp`; with a g++ that does not work (no headers, a folder that forbids execution) it raises, so compiling is
     then switched off for the process.
     """
-    if shutil.which("g++") is None:
+    if gxx.found() is None:
         log.warning("no g++: MLX's CPU back-end runs without fused kernels, about half as fast")
         return False
     preamble.compile_once()

@@ -9,33 +9,24 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
+from engine.platform import gxx
 from stoker.files.durable import write_whole
+from stoker.files.private import trusted
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cc")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
-#: Seconds that g++ has.
-PATIENCE = 60.0
 #: Threads of OpenBLAS up to which one thread is faster here: more of them together get more out of memory.
 THREADS = 3
 
 
-def usual_folder() -> Path:
-    """Where it is kept: MLX keeps what g++ makes for it in the folder for temporary files, too."""
-    return Path(tempfile.gettempdir()) / f"stoker-{os.getuid()}"
-
-
 def compiled(folder: Path) -> Path | None:
     """The library, from `folder` or compiled into it, half a second; None where g++ is missing or does not work."""
-    compiler = shutil.which("g++")
+    compiler = gxx.found()
     if compiler is None or platform.machine() not in ("x86_64", "aarch64"):
         return None
     target = folder / f"few-rows-{_key(compiler)}.so"
@@ -44,8 +35,8 @@ def compiled(folder: Path) -> Path | None:
         if not trusted(folder):
             raise PermissionError(f"others may write to {folder}")
         if not trusted(target):
-            write_whole(target, lambda draft: _compile(compiler, draft))
-    except (OSError, subprocess.SubprocessError) as error:
+            write_whole(target, lambda draft: gxx.compile(compiler, (*FLAGS, str(SOURCE)), draft))
+    except gxx.ERRORS as error:
         log.info("products of few rows are left to OpenBLAS: %s could not be compiled (%s)", SOURCE.name, error)
         return None
     return target
@@ -63,14 +54,9 @@ def switch(loaded: ctypes.CDLL, threads: int) -> None:
     loaded.few_rows_switch(int(threads <= THREADS))
 
 
-def _compile(compiler: str, target: Path) -> None:
-    words = [compiler, *FLAGS, str(SOURCE), "-o", str(target)]
-    subprocess.run(words, check=True, capture_output=True, timeout=PATIENCE)
-
-
-def _key(compiler: str) -> str:
+def _key(compiler: Path) -> str:
     """What the library is for: this source, this g++ and this processor, since machines may share a folder."""
-    state = Path(compiler).resolve().stat()
+    state = compiler.stat()
     parts = (SOURCE.read_bytes(), repr((FLAGS, state.st_size, state.st_mtime_ns, _processor())).encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
@@ -79,12 +65,3 @@ def _processor() -> str:
     """What the processor can do, as Linux says it."""
     lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-
-
-def trusted(path: Path) -> bool:
-    """Whether `path` is a file or a folder of this user's (or root's) that nobody else may write."""
-    try:
-        state = path.stat()
-    except OSError:
-        return False
-    return state.st_uid in (0, os.getuid()) and not state.st_mode & 0o022

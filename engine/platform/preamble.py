@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from engine.platform import gxx
 from stoker.files.durable import write_whole
 from stoker.files.locks import try_lock
 
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 #: The header, below MLX's includes, and the flags that MLX compiles with.
 HEADER = "mlx/backend/cpu/compiled_preamble.h"
 FLAGS = ("-std=c++17", "-O3", "-Wall", "-fPIC")
-#: Seconds that g++ has; it takes four.
-PATIENCE = 120.0
 
 
 def loops_folder() -> Path:
@@ -39,7 +36,7 @@ def loops_folder() -> Path:
 
 def compile_once() -> bool:
     """Compile the header unless this g++ has; whether it is there. Only g++ of Linux is known to take it."""
-    compiler, header = shutil.which("g++"), Path(mx.__file__).parent / "include" / HEADER
+    compiler, header = gxx.found(), Path(mx.__file__).parent / "include" / HEADER
     if sys.platform != "linux" or compiler is None or not header.exists():
         return False
     target = loops_folder() / f"{HEADER}.gch"
@@ -49,17 +46,17 @@ def compile_once() -> bool:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target.parent) as alone:
             if alone:
-                write_whole(target, lambda draft: _compile(compiler, header, draft))
+                write_whole(target, lambda draft: gxx.compile(compiler, _words(header), draft))
             return alone
-    except (OSError, subprocess.SubprocessError) as error:
+    except gxx.ERRORS as error:
         log.info("each fused loop takes g++ a second: what they share could not be compiled (%s)", error)
         return False
 
 
-def _is_of(target: Path, compiler: str) -> bool:
+def _is_of(target: Path, compiler: Path) -> bool:
     """Whether a header was compiled since g++ was installed."""
     try:
-        return target.stat().st_mtime >= Path(compiler).resolve().stat().st_ctime
+        return target.stat().st_mtime >= compiler.stat().st_ctime
     except OSError:
         return False
 
@@ -74,7 +71,5 @@ def _alone(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _compile(compiler: str, header: Path, target: Path) -> None:
-    include = header.parents[HEADER.count("/")]
-    words = [compiler, *FLAGS, "-I", str(include), "-x", "c++-header", str(header), "-o", str(target)]
-    subprocess.run(words, check=True, capture_output=True, timeout=PATIENCE)
+def _words(header: Path) -> tuple[str, ...]:
+    return (*FLAGS, "-I", str(header.parents[HEADER.count("/")]), "-x", "c++-header", str(header))

@@ -82,9 +82,10 @@ def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -
         return BrokerUnavailable(
             f"the broker at {where} cannot write to its disk and took nothing ({reason}). Free some space there."
         )
+    # Where an option or an argument names it, the variable would change nothing.
+    remedy = "set STOKER_URL to" if settings.url_name == "STOKER_URL" else "name"
     return BrokerUnavailable(
-        f"no answer from the broker at {where} ({reason}). "
-        "Start one with `stoker up`, or set STOKER_URL to one that runs."
+        f"no answer from the broker at {where} ({reason}). Start one with `stoker up`, or {remedy} one that runs."
     )
 
 

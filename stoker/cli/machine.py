@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn, cast
+from typing import Annotated, NoReturn, cast, get_args
 
 import typer
 
@@ -19,9 +19,9 @@ from stoker.catalogue import drafts_of
 from stoker.cli.options import Json, Url, connect, print_json, progress_shown
 from stoker.contract import ModelCard, Presence
 from stoker.contract.kinds import EMBED, GENERATE, TRAIN
-from stoker.contract.names import Rule, checked
+from stoker.contract.names import Rule, checked, follows
 from stoker.contract.presence import describe_prefix, describe_state
-from stoker.contract.shown import printable
+from stoker.contract.shown import brief, printable
 from stoker.errors import BrokerUnavailable, ConfigError, UnknownModel
 from stoker.local.home import make_home
 from stoker.local.interrupts import hold_back
@@ -101,6 +101,20 @@ def suggestions(models: Sequence[ModelCard]) -> list[str]:
     return [*found, "stoker status", "stoker jobs list"][:3]
 
 
+def _group_name(group: str | None) -> str | None:
+    """As a setting a wrong one would be blamed on the environment."""
+    if group is not None and not follows(Rule.NAME, group):
+        raise typer.BadParameter(f"{brief(group)} given; allowed: {Rule.NAME.allowed}.")
+    return group
+
+
+def _bits(bits: int | None) -> int | None:
+    """The same."""
+    if bits is not None and bits not in get_args(KvBits):
+        raise typer.BadParameter(f"{bits} given; allowed: {', '.join(map(str, get_args(KvBits)))}.")
+    return bits
+
+
 def worker(
     context: typer.Context,
     model: Models = None,
@@ -113,7 +127,10 @@ def worker(
     ] = None,
     group: Annotated[
         str | None,
-        typer.Option(help="Name of a worker of several ranks, each started by mlx.launch with this same command."),
+        typer.Option(
+            callback=_group_name,
+            help="Name of a worker of several ranks, each started by mlx.launch with this same command.",
+        ),
     ] = None,
     group_size: Annotated[
         int | None,
@@ -127,7 +144,10 @@ def worker(
     ] = None,
     kv_bits: Annotated[
         int | None,
-        typer.Option(help="Bits in which keys and values are kept: 16 as they are computed, 8 or 4 for more rows."),
+        typer.Option(
+            callback=_bits,
+            help="Bits in which keys and values are kept: 16 as they are computed, 8 or 4 for more rows.",
+        ),
     ] = None,
     url: Url = None,
 ) -> None:
@@ -208,7 +228,7 @@ def _settings(
         group=group,
         ranks=ranks,
         shard=shard,
-        kv_bits=cast(KvBits | None, kv_bits),  # checked there
+        kv_bits=cast(KvBits | None, kv_bits),
     )
     drafts_of(settings)
     return settings

@@ -12,13 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stoker.address import Address
 from stoker.client import Client
 from stoker.contract.shown import harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Url = Annotated[str | None, typer.Option(help="Broker; default: STOKER_URL, else the one of `stoker up`.")]
+
+def readable(url: str | None) -> str | None:
+    """The broker that `--url` names. Raises `ConfigError` for what is no address, before the command does anything: as
+    a setting it would be called by the name that a program has for it."""
+    if url:
+        Address.parse(url, "--url")
+    return url
+
+
+Url = Annotated[
+    str | None, typer.Option(callback=readable, help="Broker; default: STOKER_URL, else the one of `stoker up`.")
+]
 Model = Annotated[str | None, typer.Option(help="Model; default: the one that is warm.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 

@@ -12,6 +12,7 @@ import typer
 
 from stoker.address import FILES, Address
 from stoker.catalogue import draft_from_anywhere, drafts_of, from_anywhere
+from stoker.cli.options import readable
 from stoker.contract.names import Rule, checked
 from stoker.errors import ConfigError
 from stoker.local.home import make_home
@@ -30,7 +31,9 @@ Models = Annotated[
 def install(
     model: Models = None,
     name: Annotated[str | None, typer.Option(help="Name of this worker; default: as of `stoker worker`.")] = None,
-    url: Annotated[str | None, typer.Option(help="Broker, without a password; default: STOKER_URL.")] = None,
+    url: Annotated[
+        str | None, typer.Option(callback=readable, help="Broker, without a password; default: STOKER_URL.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the service's definition; change nothing.")] = False,
 ) -> None:
     """Let a worker start by itself and come back: an agent of launchd, a user unit of systemd. Settings of this shell

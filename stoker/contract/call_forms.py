@@ -1,7 +1,6 @@
 """Calls of functions in forms that are not JSON as a whole: Mistral's newer one, and that of Qwen3-Coder.
 
-Both raise `ValueError` for what is none of these, and know neither which functions there are nor what they take, apart
-from the schemas that they are given.
+They know neither which functions there are nor what they take, apart from the schemas that they are given.
 """
 
 from __future__ import annotations
@@ -25,21 +24,23 @@ _WORDS = {"True": "true", "False": "false", "None": "null"}
 Functions = Mapping[str, Mapping[str, Any]]
 
 
-def named_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Name and arguments of calls like `NAME[ARGS]{…}`, one behind the other, with their markers or without."""
+def named_calls(text: str) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+    """Name and arguments of the whole calls like `NAME[ARGS]{…}` that `text` begins with, one behind the other, with
+    their markers or without, and where the last of them ends."""
     found: list[tuple[str, dict[str, Any]]] = []
-    decoder, at, end = json.JSONDecoder(), 0, len(text.rstrip())
-    while at < end:
-        match = _NAMED.match(text, at)
-        if match is None:
-            raise ValueError("no call")
-        arguments, at = decoder.raw_decode(text, match.end())
+    decoder, end = json.JSONDecoder(), 0
+    while (match := _NAMED.match(text, end)) is not None:
+        try:
+            arguments, end = decoder.raw_decode(text, match.end())
+        except (ValueError, RecursionError):
+            break
         found.append((match[1], arguments))
-    return found
+    return found, end
 
 
 def xml_call(text: str, functions: Functions) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of `<function=NAME><parameter=KEY>VALUE</parameter>…</function>`."""
+    """Name and arguments of `<function=NAME><parameter=KEY>VALUE</parameter>…</function>`. Raises `ValueError` for what
+    is none."""
     match = _FUNCTION.fullmatch(text)
     if match is None or match[1].strip() not in functions:
         raise ValueError("no call of a function of the request")

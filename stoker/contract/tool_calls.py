@@ -11,8 +11,9 @@ form is known by the answer alone, and each is taken from any model.
 - Qwen3-Coder: `<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>`, as Hermes's.
 
 CALL is JSON: an object with `name` and `arguments` (or `parameters`), or a list of such objects. All of them have to be
-functions that the request names; else the marker and what stands behind it are text. A VALUE is a text where the schema
-of the function says so; else what it is as JSON, or a text if it is none.
+functions that the request names; else the marker and what stands behind it are text. So is a call that is cut or
+broken; whole ones before it are made. A VALUE is a text where the schema of the function says so; else what it is as
+JSON, or a text if it is none.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stoker.contract.call_forms import ARGS, CALL_ID, VALUE, VALUE_END, XML, Functions, named_calls, xml_call
-from stoker.contract.parts import Arguments, Begun, FunctionCall, Part
+from stoker.contract.parts import Arguments, Begun, FunctionCall, Part, begun_marker
 
-_OPENER, _CLOSER = "<tool_call>", "</tool_call>"
+_OPENER, _CLOSER = _MARKERS = "<tool_call>", "</tool_call>"
 _OPENERS = (_OPENER, "<|python_tag|>", "[TOOL_CALLS]")
 #: What matters to the end of a call: an escaped character and a quote within JSON, and the markers.
 _MARKS = re.compile(rf'\\.|"|{_CLOSER}|{_OPENER}', re.DOTALL)
@@ -128,15 +129,26 @@ class CallReader:
         if end is None:
             return False
         calls = self._calls(self._held[self._at : end])
+        if not calls and self._opener != _OPENER:
+            # Of several in Mistral's newer form one may be cut, or broken.
+            _, length = named_calls(self._held[self._at : end])
+            if length and self._another(self._at + length):
+                end = self._at + length
+                calls = self._calls(self._held[self._at : end])
         if calls:
             self._made(parts, calls)
-            self._at = end + len(_CLOSER) if self._held.startswith(_CLOSER, end) else end
+            # A closer that was cut says nothing more than a whole one.
+            self._at = min(end + len(_CLOSER), len(self._held)) if self._closes(end) else end
         else:
             passed = self._at + self._bare
             self._say(parts, (self._opener or "") + self._held[self._at : passed])
             self._at = passed
         self._opener, self._bare = None, 0
         return True
+
+    def _closes(self, end: int) -> bool:
+        behind = self._held[end : end + len(_CLOSER)]
+        return self._opener == _OPENER and bool(behind) and _CLOSER.startswith(behind)
 
     def _end(self, *, ended: bool) -> int | None:
         """Where the call ends; None: it goes on. A marker within a string of its JSON ends nothing."""
@@ -159,7 +171,9 @@ class CallReader:
             self._seen = max(self._seen, len(self._held) - len(_CLOSER) + 1)
         elif not ended and not self._goes_on():
             return len(self._held)
-        return len(self._held) if ended else None
+        if not ended:
+            return None
+        return len(self._held) - (begun_marker(self._held[self._at :], _MARKERS) if self._opener == _OPENER else 0)
 
     def _goes_on(self) -> bool:
         """Whether a call that goes to the end of the answer may do so still: each object of it is a call, and nothing
@@ -177,12 +191,14 @@ class CallReader:
                 self._whole = mark.end()
                 if self._depth <= 0 and not self._is_call():
                     return False
-        behind = "".join(self._held[self._whole : self._whole + _TELLING].split())
-        if self._depth or self._whole <= self._at or not behind:
-            return True
-        if self._beginning().startswith("["):
+        return bool(self._depth) or self._whole <= self._at or self._another(self._whole)
+
+    def _another(self, end: int) -> bool:
+        """Whether what stands behind the last whole object, which ends there, may be a further call, or nothing."""
+        behind = "".join(self._held[end : end + _TELLING].split())
+        if behind and self._beginning().startswith("["):
             return behind.startswith(",") or behind == "]"
-        return any(behind[: len(form)] == form[: len(behind)] for form in (*_OPENERS, *self._named))
+        return not behind or any(behind[: len(form)] == form[: len(behind)] for form in (*_OPENERS, *self._named))
 
     def _is_call(self) -> bool:
         """Whether the last whole object is a call, or the arguments of one."""
@@ -224,7 +240,10 @@ class CallReader:
                 name, arguments = xml_call(text, self._functions)
                 return [self._one({"name": name, "arguments": arguments})]
             if not beginning.startswith(("{", "[")):
-                return [self._one({"name": name, "arguments": given}) for name, given in named_calls(text)]
+                named, end = named_calls(text)
+                if text[end:].strip():
+                    raise ValueError("no call")
+                return [self._one({"name": name, "arguments": given}) for name, given in named]
             found = json.loads(text)
             return [self._one(item) for item in (found if isinstance(found, list) else [found])]
         except (ValueError, RecursionError):

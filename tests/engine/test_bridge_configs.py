@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,16 @@ def test_a_number_that_mlx_would_divide_by_or_count_to_for_ever_is_refused(
     """MLX raises nothing there: the worker's process ended, or never did."""
     with pytest.raises(ModelError, match=said):
         weights.network_of(described(name, **fields), name)
+
+
+@pytest.mark.parametrize("size", [True, "32", 1.5, [32], math.nan])
+def test_a_size_of_the_part_that_writes_is_refused_by_its_name(size: object) -> None:
+    """Where it stands in an object of its own, no file says what is a number."""
+    text = {**config("gemma3")["text_config"], "hidden_size": size}
+    with pytest.raises(
+        ModelError, match=rf"config\.json: hidden_size = {re.escape(repr(size))}: a whole number is needed$"
+    ):
+        weights.network_of(described("gemma3", text_config=text), "gemma3")
 
 
 @pytest.mark.parametrize("place", [-1, 3])

@@ -115,6 +115,16 @@ def test_an_answer_that_is_cut_off_behind_a_call_was_cut_off(api: openai.OpenAI,
         assert (called(made.message.tool_calls), made.finish_reason) == ([BONN], "length")
 
 
+@pytest.mark.parametrize("form", ["hermes", "mistral 2025"])
+def test_an_answer_that_is_cut_off_in_its_second_call_makes_the_first(
+    api: openai.OpenAI, fake: AsyncFakeClient, form: str
+) -> None:
+    rest = FORMS[form][:-25]
+    for made in chats(api, fake, FORMS[form] + rest, "length"):
+        assert (called(made.message.tool_calls), made.finish_reason) == ([BONN], "length")
+        assert made.message.content == rest
+
+
 def test_each_completion_has_calls_and_log_probabilities_of_its_own(api: openai.OpenAI, fake: AsyncFakeClient) -> None:
     fake.script.generate(FORMS["hermes"], times=2)
     whole = ask(api, tools=[WEATHER], n=2, logprobs=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stoker.contract.parts import ArgumentsReader, FunctionCall, Item, Reader, TextReader, add, items_of
+from stoker.contract.parts import ArgumentsReader, Begun, FunctionCall, Item, Reader, TextReader, add, items_of
 from stoker.contract.tool_calls import CallReader, object_of
 
 NAMES = ("weather", "time")
@@ -68,6 +68,7 @@ CALLS: list[tuple[str, list[Item]]] = [
     # Behind a text, without its markers, as workers send it.
     ('I look.weather{"town": "Bonn"}', ["I look.", WEATHER]),
     ('I look.\nweather{"town": "Bonn"}time{}\n', ["I look.\n", WEATHER, TIME]),
+    ('weather{"town": "Bonn"}\ntime{1}', [WEATHER, "\ntime{1}"]),
     ('First time{"a": 1} Hm. weather{"town": "Bonn"}', ['First time{"a": 1} Hm. ', WEATHER]),
     (f'It is time{{"a. {hermes(CALL)}', ['It is time{"a. ', WEATHER]),
     # Qwen3-Coder.
@@ -193,7 +194,7 @@ def test_a_text_passes_at_once_and_what_may_be_a_marker_is_held_back() -> None:
         # An object that is no call; and one that is, with a text behind it.
         ('{"type": "function", "id": "7"', "} Yes", '{"type": "function", "id": "7"} Yes'),
         ('time{"a": "}"}', " is so", 'time{"a": "}"} is so'),
-        ("time{}\ntime{", "1}", "time{}\ntime{1}"),
+        ('time{"a": {}', "1}", 'time{"a": {}1}'),
         ("[TOOL_CALLS]time{}", "!", "[TOOL_CALLS]time{}!"),
         (CALL, "!", f"{CALL}!"),
         (f"[{CALL}, {OTHER}", "]]", f"[{CALL}, {OTHER}]]"),
@@ -207,6 +208,37 @@ def test_what_begins_as_a_call_and_is_none_is_passed_on_as_soon_as_that_is_known
     assert reader.feed(held) == [], "it may be a call still"
     assert "".join(map(str, reader.feed(then))) == said
     assert reader.feed(" and on") == [" and on"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (hermes(CALL), f"\n{hermes(OTHER)}"),
+        (xml("weather", town="Bonn"), xml("time")),
+        ('[TOOL_CALLS]weather[ARGS]{"town": "Bonn"}', '[TOOL_CALLS]time[ARGS]{"a": {"b": "}"}}'),
+        ('I look.\nweather{"town": "Bonn"}', 'time{"a": {"b": 1}}'),
+    ],
+)
+def test_an_answer_that_is_cut_anywhere_has_the_calls_that_are_whole_and_the_rest_as_text(
+    first: str, second: str
+) -> None:
+    whole = [len(call) for call in (first, first + second)]
+    for call in range(2):
+        closed = (first, second)[call]
+        whole[call] -= next((len(end) for end in ("\n</tool_call>", "</tool_call>") if closed.endswith(end)), 0)
+    for cut in range(len(first + second) + 1):
+        text = (first + second)[:cut]
+        items = read(text)
+        calls = [item for item in items if isinstance(item, FunctionCall)]
+        assert [call.name for call in calls] == ["weather", "time"][: sum(end <= cut for end in whole)]
+        said = "".join(item for item in items if isinstance(item, str))
+        if whole[0] <= cut < whole[1]:
+            assert said.removeprefix("I look.\n").strip() == text[len(first) :].strip()
+        elif cut < whole[0]:
+            assert said == text
+        # What a stream has by then, and keeps where its job is cancelled: nothing of a call that goes on.
+        begun = [part for part in CallReader(NAMES).feed(text) if isinstance(part, Begun)]
+        assert len(begun) <= len(calls)
 
 
 def test_without_parallel_calls_the_first_one_is_the_only_one() -> None:

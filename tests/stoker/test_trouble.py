@@ -17,7 +17,7 @@ WHERE = "the broker at redis://:***@h:5/2"
 LOGIN = ". Put its user and password into STOKER_URL: redis://USER:PASSWORD@HOST:PORT/DB."
 RIGHTS = ". The user that STOKER_URL names needs the rights of its role: deploy/acl has them."
 UNTRUSTED = "Error 1 connecting to h:5. [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {} (_ssl.c:1006)."
-START = ". Start one with `stoker up`, or set STOKER_URL to one that runs."
+START = ". Start one with `stoker up`, or {} one that runs."
 WRONG = (
     "holds something that Stoker did not write. Workers move aside what spoils a key that jobs share; delete one of a "
     "single job."
@@ -92,8 +92,14 @@ def test_each_trouble_is_one_error_with_its_remedy_and_without_the_password(erro
         (raised.ConnectionError("first\nsecond"), "first"),
     ],
 )
-def test_silence_is_an_error_that_says_how_to_start_a_broker(error: RedisError, reason: str) -> None:
-    assert str(broker_unavailable(SETTINGS, error)) == f"no answer from {WHERE} ({reason}){START}"
+def test_silence_is_an_error_that_says_how_to_start_a_broker(
+    error: RedisError, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silence = f"no answer from {WHERE} ({reason})"
+    assert str(broker_unavailable(SETTINGS, error)) == silence + START.format("name")
+    assert SETTINGS.url is not None
+    monkeypatch.setenv("STOKER_URL", SETTINGS.url)
+    assert str(broker_unavailable(SETTINGS, error)) == silence + START.format("set STOKER_URL to")
 
 
 def test_a_key_of_a_wrong_type_is_named_if_it_is_known() -> None:

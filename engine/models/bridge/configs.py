@@ -14,7 +14,7 @@ from typing import Any
 from engine.models.allowed import MISTRAL_WINDOW
 from engine.models.bridge import counts, package
 from engine.models.bridge.spelling import PARTS, read_names
-from engine.models.fields import Fields
+from engine.models.fields import Fields, check_kind
 from stoker.errors import ModelError
 
 _SILU = ("silu", "swish")
@@ -146,6 +146,8 @@ def _check_activation(text: Mapping[str, Any], name: str, file: str, *, taken: b
 
 
 def _check_rope(value: Mapping[str, Any], where: str, *, taken: bool) -> None:
+    for name, part in value.items():
+        check_kind(part, name, where)
     kind = value.get("rope_type", value.get("type", "default"))
     if kind not in _ROPES:
         raise ModelError(f"{where} of type {kind!r} is not supported; {', '.join(_ROPES)} are")

@@ -1,7 +1,8 @@
-"""Numbers of a config.json that mlx-lm's files divide by, count to or take for a place in a list, unchecked.
+"""Numbers of a config.json that mlx-lm's files make a network of, divide by, count to or take for a place, unchecked.
 
-MLX raises nothing for an axis that is divided by 0 or a row beyond the last: the process ends. Each file's own network
-refuses what does not fit together; here is what none of them does.
+Of what is no number they make a network of other shapes, or an error that names no field. MLX raises nothing for an
+axis that is divided by 0 or a row beyond the last: the process ends. Each file's own network refuses what does not fit
+together; here is what none of them does.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from engine.models.fields import AMOUNT, COUNT, FLAG, INDEX, KINDS, NUMBER, short
 from stoker.errors import ModelError
 
+#: How the argument of a file is annotated that is a number and nothing else, null aside.
+_NUMBERS = re.compile(r"(<class ')?(typing\.)?(Optional\[)?(int|float)('>|\]| \| None)?")
 #: What is counted: layers, loops, heads, experts.
 _COUNT = re.compile(r"_(layers?|loops|heads?|experts|experts_per_tok(en)?)$")
 #: What something is divided by: groups, and their sizes.
@@ -26,13 +30,13 @@ _PLACES = {"altup_active_idx": "altup_num_inputs"}
 
 
 def check(text: Mapping[str, Any], file: str, args_class: type) -> None:
-    """Raise `ModelError` for a number that would end the process, or keep it busy for ever."""
-    whole = {each.name for each in fields(args_class) if str(each.type) in ("<class 'int'>", "int", "Optional[int]")}
+    """Raise `ModelError` for what is no number where one is needed, and for one that would end the process or keep it
+    busy for ever."""
+    types = {each.name: str(each.type) for each in fields(args_class)}
     for name, value in text.items():
-        if type(value) is bool and name in whole and _COUNT.search(name):
-            raise ModelError(f"config.json: {name} = {value!r}: a whole number is needed")
+        _check_number(name, value, types)
         if type(value) is int and (_COUNT.search(name) or _GROUP.search(name)):
-            least = 1 if _GROUP.search(name) or name in _SOME.get(file, ()) else 0
+            least = 1 if _GROUP.search(name) or name in ("num_hidden_layers", *_SOME.get(file, ())) else 0
             if not least <= value <= _MOST:
                 raise ModelError(
                     f"config.json: {name} = {value!r}: a whole number from {least:,} to {_MOST:,} is needed"
@@ -41,3 +45,22 @@ def check(text: Mapping[str, Any], file: str, args_class: type) -> None:
         place, most = text.get(name), text.get(length)
         if type(place) is int and type(most) is int and not 0 <= place < most:
             raise ModelError(f"config.json: {name} = {place!r}: a whole number from 0 to {most - 1} is needed")
+
+
+def _check_number(name: str, value: object, types: Mapping[str, str]) -> None:
+    """`types`: of the file's arguments. Where the language model's stand in an object of their own, their names say."""
+    kind, nested = KINDS.get(name), "text_config" in types and name not in types
+    if nested:
+        wanted = kind in (COUNT, INDEX, NUMBER, AMOUNT)
+    else:
+        wanted = _NUMBERS.fullmatch(types.get(name, "")) is not None
+    if kind is FLAG and value is not None and "bool" in types.get(name, ""):
+        kind.check(value, name, "config.json")
+    if value is None or not wanted:
+        return
+    size = kind is COUNT or _COUNT.search(name) is not None
+    # Gemma 3n's are a list, one a layer.
+    listed = nested and name == "intermediate_size" and isinstance(value, list)
+    number = isinstance(value, int if size else int | float) and not isinstance(value, bool) and value == value
+    if not number and not listed:
+        raise ModelError(f"config.json: {name} = {short(value)}: a {'whole ' if size else ''}number is needed")

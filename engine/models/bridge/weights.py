@@ -40,13 +40,15 @@ def spelled(config: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 
 def _odd_numbers(config: Mapping[str, Any], arguments: Any) -> str:
-    """For behind an error that names no field: those whose number is a text, true or false, or not above 0."""
-    wanted = {each.name for each in fields(arguments) if re.search(r"\b(int|float)\b", str(each.type))}
+    """For behind an error that names no field: those whose number is a text, true or false, null or not above 0."""
+    wanted = {each.name: str(each.type) for each in fields(arguments) if re.search(r"\b(int|float)\b", str(each.type))}
+    nulls = [name for name, kind in wanted.items() if name in config and not re.search("Optional|None", kind)]
     values = {name: value for name, value in config.items() if name in wanted and not name.endswith("token_id")}
     for name, inner in config.items():
         if isinstance(inner, Mapping):
             values |= {f"{name}.{key}": value for key, value in inner.items() if not isinstance(value, bool)}
     odd = [f"{name} is {json.dumps(value)}" for name, value in values.items() if _is_odd(value)]
+    odd += [f"{name} is null" for name in nulls if config[name] is None]
     return f". Look at its numbers: {', '.join(odd)}" if odd else ""
 
 
