@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.platform.blas import CORE_TYPE
+
 #: Of the cores, or of the time, that others may take; of the memory that has to be free.
 OTHERS, FREE = 0.1, 0.1
 #: Of a GPU's time, in percent, that it may be busy while nothing of ours runs.
@@ -122,6 +124,11 @@ def governor(name: str, driver: str) -> Finding:
     return Finding(f"the CPU governor is {name} ({driver})", lowest, passes=False)
 
 
+def kernels(chosen: str) -> Finding:
+    """The value of `OPENBLAS_CORETYPE`. What a BLAS of another kind runs is not held back with it."""
+    return Finding(f"{CORE_TYPE}={chosen}: OpenBLAS has the kernels of that processor", disturbs=True, passes=False)
+
+
 def battery(text: str) -> Finding:
     """Text of `pmset -g batt`."""
     drawn = re.search(r"Now drawing from '([^']+)'", text)
@@ -206,6 +213,8 @@ def _linux(seconds: float) -> Iterator[Finding]:
         yield from others(before, spent())
     if (text := _text("/proc/meminfo")) is not None:
         yield meminfo(text)
+    if chosen := os.environ.get(CORE_TYPE):
+        yield kernels(chosen)
     frequency = "/sys/devices/system/cpu/cpu0/cpufreq"
     name, driver = _text(f"{frequency}/scaling_governor"), _text(f"{frequency}/scaling_driver")
     if name is not None:

@@ -92,6 +92,16 @@ def test_a_governor_that_holds_the_clock_down_disturbs_and_does_not_pass(
     assert governor(name, driver) == Finding(f"the CPU governor is {name} ({driver})", disturbs, passes=False)
 
 
+def test_kernels_of_another_processor_disturb_and_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With them OpenBLAS is held back, and what is compared with a BLAS of another kind with it."""
+    found = Finding("OPENBLAS_CORETYPE=Haswell: OpenBLAS has the kernels of that processor", True, passes=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert found in read(seconds=0.0)
+    monkeypatch.delenv("OPENBLAS_CORETYPE")
+    assert found not in read(seconds=0.0)
+
+
 def test_a_battery_disturbs_and_the_mains_do_not() -> None:
     assert battery(ON_POWER) == Finding("power: AC Power, battery at 100 %", passes=False)
     assert battery(ON_BATTERY) == Finding("power: Battery Power, battery at 87 %", True, passes=False)

@@ -86,6 +86,18 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert not Path(library).exists(), "the temporary copy goes once it is loaded"
 
 
+@linux_only
+def test_what_was_loaded_says_so_where_the_kernels_of_another_processor_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy_openblas32")
+    said = " by OPENBLAS_CORETYPE=Haswell, which this processor's own may be faster than; "
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert said in boot(tmp_path)[2]
+    monkeypatch.delenv("OPENBLAS_CORETYPE")
+    assert "CORETYPE" not in boot(tmp_path)[2]
+
+
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
     active, _, detail, _, verified, exact = boot(tmp_path, library="off")
     assert (active, verified, exact) == (False, False, True)
