@@ -20,7 +20,6 @@ from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues
 from engine.models.openings import Span
-from engine.platform.compiler import on_cpu
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,6 @@ class PendingStep:
     draws: list[Draw]
     chosen: tuple[mx.array, ...]
     chunk: PromptChunk | None = None
-
-    def begin(self) -> None:
-        """Give it to the device, if that has not been done. One that takes a chunk along is not compiled: of so many
-        operations MLX keeps the caller waiting until all but some are done, and the pass before it could not be read
-        meanwhile."""
-        stored = ([], [], []) if self.chunk is None else self.chunk.prefill.kv.stored
-        mx.async_eval(self.chosen, stored)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -69,6 +61,9 @@ class Batch:
         self.kv: KeyValues | JointKeyValues | None = None
         self._empty = self._new()
         self._in_flight: PendingStep | None = None
+        #: The pass that was launched last, until it begins; and how many have begun.
+        self._made: PendingStep | None = None
+        self.begun = 0
 
     @property
     def nbytes(self) -> int:
@@ -165,7 +160,7 @@ class Batch:
         """Let a pass go that nobody waits for any more."""
         pending = self._in_flight
         if not self.rows and pending is not None and not (pending.chunk and pending.chunk.waits):
-            self._in_flight = None
+            self._in_flight = self._made = None
 
     def clean(self) -> None:
         """Leave nothing of rows that are gone, whose numbers were not finite: another row may get their slots."""
@@ -173,9 +168,10 @@ class Batch:
             self.kv.clear_beyond([row.cached for row in self.rows])
 
     def launch(self, count: int | None = None, chunk: PromptChunk | None = None) -> bool:
-        """Start the next pass, whether or not the last one has been read; False if no row needs it. `count`: how many
-        rows it takes, from the first slot on; the others rest, with their keys and values. None: all. `chunk`: of
-        prompts, which it takes along: then it is made, and begins with `PendingStep.begin`.
+        """Make the next pass, for `begin`, whether or not the last one has been read; False if no row needs it.
+
+        `count`: how many rows it takes, from the first slot on; the others rest, with their keys and values. None: all.
+        `chunk`: of prompts, which it takes along.
 
         Raises `RowFault` for a row that cannot be sampled, before anything has begun.
         """
@@ -192,9 +188,17 @@ class Batch:
         for row in rows:
             row.cached += 1
         self._in_flight = PendingStep(rows, [row.epoch for row in rows], draws, chosen, chunk)
-        if not on_cpu():
-            self._in_flight.begin()
+        self._made = self._in_flight
         return True
+
+    def begin(self) -> None:
+        """Give the pass that was launched last to the device, if that has not been done. On a CPU MLX keeps its caller
+        waiting until nearly all of it is done."""
+        made, self._made = self._made, None
+        if made is not None:
+            self.begun += 1
+            stored = () if made.chunk is None else made.chunk.prefill.kv.stored
+            mx.async_eval(made.chosen, stored)  # type: ignore[no-untyped-call]
 
     def _decode(
         self, pending: PendingStep | None, rows: Sequence[Row], ahead: Sequence[int]
@@ -237,7 +241,7 @@ class Batch:
         """Wait for a pass: what it chose for its rows that are still here, and for those whose prompts are through."""
         found = picks(pending.chosen, pending.draws)
         if pending is self._in_flight:
-            self._in_flight = None
+            self._in_flight = self._made = None
         count = len(pending.rows)
         rows = list(zip(pending.rows, pending.epochs, found[:count], strict=True))
         here = [(row, pick) for row, epoch, pick in rows if row.slot >= 0 and row.epoch == epoch]

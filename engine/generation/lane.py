@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel
-from engine.generation.batch import Batch
+from engine.generation.batch import Batch, PendingStep
 from engine.generation.draft_model import DraftModel
 from engine.generation.drafting import Drafter, Plan
 from engine.generation.draws import Pick
@@ -246,7 +246,7 @@ class GenerateLane:
     def _step(self, output: StepOutput, lookahead: bool) -> None:
         # A pass that is under way began when the last step ended.
         began = self._ended if self.batch.in_flight else self._clock()
-        decoded = Decoded()
+        decoded, begun = Decoded(), self.batch.begun
         self.drafter.begin(self.batch.rows)
         self._pacer.begin({row.priority for row in self.held}, alone=lookahead, empty=not self.batch.rows)
         # Prompts and rows that decode take turns, unless one pass takes both.
@@ -257,11 +257,15 @@ class GenerateLane:
         elif output.entries and lookahead:
             # A first token is there: it is reported before the lane waits for the pass that is under way.
             self._let_go = self._launch()
+            if not on_cpu():
+                self.batch.begin()
         else:
             # Behind first tokens that went before, the next chunk comes before the next pass.
             decoded = self._decode(output, lookahead and not (late and (self._prompts or self._roster.waiting)))
         self._ended = self._clock()
-        alone = not (pushed or late or self.drafter.has_read)
+        # On a CPU a step takes as long as the passes that began in it; one with drafts is counted by itself.
+        one = self.batch.begun - begun == 1 or decoded.width > 1
+        alone = one and not (pushed or late or self.drafter.has_read)
         self._note(self._ended - began, output.rows, decoded, alone=alone)
 
     def _note(self, seconds: float, rows: int, decoded: Decoded, *, alone: bool) -> None:
@@ -437,10 +441,10 @@ class GenerateLane:
         pending = batch.in_flight
         if pending is None:
             return Decoded()
-        pending.begin()
+        batch.begin()
         # A grammar has to see a token before it can say which may follow, and so has a draft.
         if lookahead and not any(row.grammar for row in batch.rows) and self._plan_drafts(ahead=1).width == 1:
-            self._launch(again=True)
+            self._launch_ahead(pending)
         output.rows = len(pending.rows)
         read, chunk = batch.read(pending), pending.chunk
         for row, pick in read.rows:
@@ -450,6 +454,13 @@ class GenerateLane:
             return Decoded()
         self._seat(read.through, chunk.prefill, output)
         return Decoded(prompts=chunk.tokens)
+
+    def _launch_ahead(self, pending: PendingStep) -> None:
+        """Launch the pass behind this one, and let it begin: its host's part is done while that runs. Not where prompts
+        go along: of a pass that is not compiled that is most, and MLX would hold up what is to be read before it."""
+        launched = self.batch.in_flight if self._launch(again=True) else None
+        if launched is not None and launched.chunk is None and pending.chunk is None:
+            self.batch.begin()
 
     def _plan_drafts(self, ahead: int = 0) -> Plan:
         """Which drafts the next pass tries. Next to a background none: how many of its rows fit is measured without.

@@ -32,7 +32,7 @@ ALONE = 3
 #: Tokens of prompts that a pass of rows that decode takes along at least. How much longer than without any it may take
 #: for each prompt: passes differ, and it shall stay below twice. Passes with prompts after which one goes without, so
 #: that it is known what that takes.
-LEAST_MIXED, MIXED, WITHOUT = 8, 0.75, 64
+LEAST_MIXED, MIXED, WITHOUT = 8, 0.8, 64
 #: Passes of one size whose median is what they take, at least and at most.
 LEAST, MOST = 3, 9
 #: Chunks of prompts, its own included, for which a row that has its first token waits where no row decodes yet: the

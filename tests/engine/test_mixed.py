@@ -14,7 +14,6 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation import pacing
-from engine.generation.batch import PendingStep
 from engine.generation.drafting import Drafter, Plan
 from engine.generation.draws import Pick
 from engine.generation.forward_input import ForwardInput
@@ -219,25 +218,25 @@ def test_short_prompts_have_a_pass_of_their_own_which_gives_them_their_tokens_so
     assert passes == Passes([], [SHORT])
 
 
-def test_a_pass_that_is_made_ahead_begins_when_it_is_read_so_that_the_one_before_it_is_not_held_up(
+def test_a_pass_with_prompts_begins_when_it_is_read_so_that_the_one_before_it_is_not_held_up(
     model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU MLX lets its caller wait until nearly all that it was given is done."""
+    monkeypatch.setattr(MixedPacer, "tokens", lambda *_: 30)
     driver = Driver(model, pool)
-    stream = streaming(driver)
-    begun: list[int] = []
-    begin = PendingStep.begin
+    streaming(driver)
+    later = driver.send(request(LONG, max_tokens=4))
+    begun = [passes_begun(driver) for _ in range(8)]
+    ahead, with_prompts, both = 0, 1, 2
+    assert begun == [ahead, *[with_prompts] * 4, both, 1, 1], "the first without prompts, and one ahead again"
+    assert len(later.tokens) == 3
 
-    def noting(pending: PendingStep) -> None:
-        begun.append(len(stream.tokens))
-        begin(pending)
 
-    monkeypatch.setattr(PendingStep, "begin", noting)
-    first = len(stream.tokens)
-    for _ in range(3):
-        driver.step()
-    assert driver.lane.batch.in_flight is not None
-    assert begun == [first, first + 1, first + 2], "the pass ahead has not begun"
+def passes_begun(driver: Driver) -> int:
+    """In one step."""
+    before = driver.lane.batch.begun
+    driver.step()
+    return driver.lane.batch.begun - before
 
 
 def test_a_prompt_whose_last_tokens_are_under_way_when_all_streams_end_gets_its_first_one(
