@@ -23,12 +23,16 @@ from engine.generation.sampling_batch import (
     SamplingBatch,
     sampling_batch,
 )
-from engine.models.fastmath import exp_nonpositive, fast
+from engine.models.fastmath import above, exp_nonpositive, fast
 from kernels.greedy import KERNEL as GREEDY
 from kernels.greedy import greedy as fused_greedy
 from kernels.sample import FAINTEST, Penalties, SampleInput, adjusted
 from kernels.sample import KERNEL as SAMPLE
 from kernels.sample import sample as fused_sample
+
+#: How far below the best score a nucleus ends at most: all the scores of a vocabulary that are further away are less
+#: than a float32 sees next to it. No round number, so that no middle is a score. Halvings of that, which leave 2e-6.
+FAR, HALVINGS = 31.7, 24
 
 
 def sample(logits: mx.array, draws: Sequence[Draw]) -> list[Pick]:
@@ -172,8 +176,20 @@ def _draw(scores: mx.array, random: RandomParameters) -> tuple[mx.array, mx.arra
 
 
 def _ranked_floor(scaled: mx.array, best: mx.array, ranks: RankParameters) -> mx.array:
-    """The smallest score that top-k and then top-p (on what top-k left, renormalised) keep: (rows, 1)."""
-    vocabulary, width = scaled.shape[-1], ranks.width
+    """The smallest score that top-k and then top-p (on what top-k left, renormalised) keep: (rows, 1). A row's is found
+    in one way, whatever the others ask for."""
+    vocabulary = scaled.shape[-1]
+    if not (ranks.alone and fast(scaled)):
+        return _sorted_floor(scaled, best, ranks, vocabulary if ranks.alone else ranks.width)
+    floor = mx.where(ranks.top_p >= 1.0, -mx.inf, _nucleus(scaled, best, ranks.top_p))
+    if not ranks.width:
+        return floor
+    return mx.where(ranks.top_k >= vocabulary, floor, _sorted_floor(scaled, best, ranks, ranks.width))
+
+
+def _sorted_floor(scaled: mx.array, best: mx.array, ranks: RankParameters, width: int) -> mx.array:
+    """The same, with so many of the largest scores put in order."""
+    vocabulary = scaled.shape[-1]
     largest = scaled if width == vocabulary else mx.topk(scaled, width, axis=-1)
     ranked = mx.sort(largest, axis=-1)[:, ::-1]
     top_k, top_p = ranks.top_k, ranks.top_p
@@ -184,6 +200,19 @@ def _ranked_floor(scaled: mx.array, best: mx.array, ranks: RankParameters) -> mx
     inside = mx.sum(cumulative - weights < top_p * cumulative[:, -1:], axis=-1, keepdims=True)
     nucleus = mx.take_along_axis(ranked, mx.maximum(inside, 1) - 1, axis=-1)
     return mx.where(top_p >= 1.0, kth, mx.maximum(kth, nucleus))
+
+
+def _nucleus(scaled: mx.array, best: mx.array, top_p: mx.array) -> mx.array:
+    """What top-p keeps lies above this, (rows, 1), and nothing else does: found by halving, as in samplers of GPUs that
+    sort nothing (Ye et al., FlashInfer, 2025). Scores that differ by 2e-6 may count as equal."""
+    weights = exp_nonpositive(mx.minimum(scaled - best, 0.0))
+    wanted = top_p * mx.sum(weights, axis=-1, keepdims=True)
+    low, high = best - FAR, best
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        enough = mx.sum(above(scaled, weights, middle), axis=-1, keepdims=True) >= wanted
+        low, high = mx.where(enough, middle, low), mx.where(enough, high, middle)
+    return low
 
 
 def _log_total(logits: mx.array) -> mx.array:

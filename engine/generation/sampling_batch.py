@@ -23,11 +23,13 @@ ALTERNATIVES = 20
 
 @dataclass(frozen=True, eq=False)
 class RankParameters:
-    """top-k and top-p, (rows, 1). `width`: only that many of the largest logits have to be put in order."""
+    """top-k and top-p, (rows, 1). `width`: of the largest logits, at most so many are kept by top-k; 0: no row asks for
+    it. `alone`: whether a row asks for top-p without it."""
 
     top_k: mx.array
     top_p: mx.array
     width: int
+    alone: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,8 @@ def _ranks(draws: Sequence[Draw], vocabulary: int, rows: int) -> RankParameters:
     return RankParameters(
         top_k=_column([min(r.top_k or vocabulary, vocabulary) for r in requests], rows, vocabulary, np.int32),
         top_p=_column([r.top_p for r in requests], rows, 1.0),
-        width=_power(max(draw.request.top_k or vocabulary for draw in draws if draw.ranked), vocabulary),
+        width=_power(most, vocabulary) if (most := max(r.top_k for r in requests)) else 0,
+        alone=any(draw.ranked and not draw.request.top_k for draw in draws),
     )
 
 

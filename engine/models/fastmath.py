@@ -71,6 +71,12 @@ def exp_nonpositive(x: mx.array) -> mx.array:
 
 
 @_compile
+def above(x: mx.array, weights: mx.array, floor: mx.array) -> mx.array:
+    """`weights` where x > floor, else 0, of numbers that may be −inf: by arithmetic alone, which is vectorised."""
+    return weights * mx.minimum(mx.maximum((x - floor) * 2.0**100, 0.0), 1.0)
+
+
+@_compile
 def _fast_swiglu(gate: mx.array, up: mx.array, decay: mx.array) -> mx.array:
     # silu(x) = relu(x) − |x|·σ(−|x|): a choice by `mx.where` would not be vectorised.
     return (mx.maximum(gate, 0.0) - mx.abs(gate) * decay / (1.0 + decay)) * up

@@ -16,6 +16,7 @@ from engine.generation.draws import Draw, Pick, Uniforms, uniforms
 from engine.generation.forward_input import flatten
 from engine.generation.sampling import process, sample, warp
 from engine.generation.sampling_batch import sampling_batch
+from engine.models.fastmath import fast
 from stoker.contract import GenerateRequest
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -186,6 +187,53 @@ def test_a_row_is_the_same_alone_and_in_any_batch() -> None:
         other = shuffled[int(np.flatnonzero(order == index)[0])]
         assert pick.token_id == alone[index].token_id == other.token_id
         assert pick.logprob == pytest.approx(alone[index].logprob, abs=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.95, 0.9999])
+def test_a_nucleus_is_what_lies_before_its_share_in_order(spread: float, top_p: float) -> None:
+    """As sorting says it, for flat and steep distributions, with a grammar's mask too."""
+    logits = np.random.default_rng(5).normal(0, spread, (4, 3000)).astype(np.float32)
+    logits[1, ::3] = -np.inf
+    draws = [draw(top_p=top_p, temperature=0.7)] * 4
+    random = sampling_batch(draws, 3000).random
+    assert random is not None
+    kept = np.array(warp(mx.array(logits), random)) > -np.inf
+    for row in range(4):
+        order = np.argsort(-logits[row], kind="stable")
+        weights = np.exp((logits[row, order].astype(np.float64) - logits[row].max()) / 0.7)
+        inside = np.cumsum(weights) - weights < top_p * weights.sum()
+        wanted = np.zeros(3000, dtype=bool)
+        wanted[order[inside]] = True
+        differing = np.flatnonzero(kept[row] != wanted)
+        # A sum in float32 may say otherwise of one that lies at the border.
+        assert len(differing) <= 1 + 0.001 * wanted.sum()
+        assert kept[row, order[0]]
+
+
+def test_scores_that_are_alike_at_the_border_of_a_nucleus_are_kept_together_and_none_below_them() -> None:
+    scores = mx.array([[4.0, 3.0, 3.0, 2.0, 1.0] + [-30.0] * 59])
+    random = sampling_batch([draw(top_p=0.6, temperature=1.0)], 64).random
+    assert random is not None
+    assert (np.array(warp(scores, random)) > -np.inf).nonzero()[1].tolist() == [0, 1, 2]
+
+
+def test_top_p_alone_next_to_top_k_puts_no_whole_vocabulary_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fast(mx.zeros(1)):
+        pytest.skip("where nothing fuses it is sorted")
+    logits = mx.array(np.random.default_rng(6).normal(0, 2, (3, 4000)).astype(np.float32))
+    rows = [draw(top_p=0.9, temperature=1.0), draw(top_p=0.9, top_k=40, temperature=1.0), draw(temperature=1.0)]
+    sorted_widths: list[int] = []
+    plain = mx.sort
+
+    def noting(x: mx.array, axis: int) -> mx.array:
+        sorted_widths.append(x.shape[-1])
+        return plain(x, axis=axis)
+
+    monkeypatch.setattr(mx, "sort", noting)
+    together = sample(logits, rows)
+    assert sorted_widths == [64]
+    assert together == [sample(logits[row : row + 1], [rows[row]])[0] for row in range(3)]
 
 
 def test_a_number_depends_on_seed_and_position_alone() -> None:
