@@ -10,14 +10,14 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from engine.generation.followed import Admission, LentAdapter
+from engine.generation.followed import Admission, Count, LentAdapter
 from engine.training.followed import RunHeader
-from stoker.contract.base import Message
+from stoker.contract.base import Adapter, Message
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
 
 #: Of what is written here. Ranks of different ones do not work together.
-VERSION = 5
+VERSION = 6
 #: Bytes that a line may have: a prompt of a million tokens has half of it.
 LONGEST = 1 << 24
 
@@ -100,6 +100,16 @@ class Lend(Message):
     adapter: LentAdapter
 
 
+class Forget(Message):
+    """Keep nothing of an adapter's version in memory: it is lent again before its next job comes."""
+
+    said: Literal["forget"] = "forget"
+    number: Number
+    model: Text
+    name: Adapter
+    version: Count
+
+
 class Admit(Message):
     """Take a job into the lane of a model."""
 
@@ -156,7 +166,7 @@ class Stop(Message):
     why: Text = ""
 
 
-Command: TypeAlias = Begin | Advance | Keep | End | Open | Lend | Admit | Drop | Turn
+Command: TypeAlias = Begin | Advance | Keep | End | Open | Lend | Forget | Admit | Drop | Turn
 Word: TypeAlias = Hello | Holds | Command | Measured | Done | Beat | Stop
 _WORDS: TypeAdapter[Word] = TypeAdapter(Annotated[Word, Field(discriminator="said")])
 

@@ -46,7 +46,7 @@ def test_a_word_is_a_line_and_is_read_as_it_was_written(word: Word) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_word_of_the_plan_is_refused_and_shown(line: bytes) -> None:
-    with pytest.raises(NotOfThePlan, match="given; a word of plan 5 is needed"):
+    with pytest.raises(NotOfThePlan, match="given; a word of plan 6 is needed"):
         read(line)
 
 
@@ -111,7 +111,7 @@ def test_a_line_without_end_is_not_kept(pair: tuple[Channel, socket.socket]) -> 
     [
         ("stoker", "0.0.1", "rank 1 on two: Stoker 0.0.1 given; rank 0 has"),
         ("mlx", "0.1.0", "MLX 0.1.0 given; rank 0 has"),
-        ("plan", 1, "the plan's version 1 given; rank 0 has 5"),
+        ("plan", 1, "the plan's version 1 given; rank 0 has 6"),
         ("device", "gpu", "the device gpu given; rank 0 has cpu"),
         ("precision", "float16", "the precision float16 given"),
         ("shard", True, "STOKER_SHARD True given; rank 0 has False. Set it alike on every host."),
