@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from engine.generation.followed import Admission, Count, LentAdapter
 from engine.training.followed import RunHeader
 from stoker.contract.base import Adapter, Message
 from stoker.contract.shown import brief
+from stoker.contract.wording import refusal
 from stoker.errors import StokerError
 
 #: Of what is written here. Ranks of different ones do not work together.
@@ -188,6 +190,13 @@ def read(line: bytes) -> Word:
     try:
         return _WORDS.validate_json(line)
     except ValidationError as error:
-        why = error.errors()[0]["msg"]
-        shown = brief(line[:80].decode(errors="replace"))
+        shown, why = brief(line[:80].decode(errors="replace")), _explain(error.errors()[0])
         raise NotOfThePlan(f"{shown} given; a word of plan {VERSION} is needed ({why}).") from None
+
+
+def _explain(problem: ErrorDetails) -> str:
+    """What is wrong, behind the word and the field in which it is."""
+    if problem["type"] == "json_invalid":
+        return "expected JSON"
+    said = "no such field" if problem["type"] == "extra_forbidden" else refusal(problem)
+    return ": ".join(filter(None, (".".join(map(str, problem["loc"])), said)))
