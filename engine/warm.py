@@ -20,7 +20,7 @@ from engine.lane import AnyLane
 from engine.prefixes.disk import PrefixDisk
 from engine.training.lane import TrainLane
 from engine.training.ranks import ALONE, Group
-from stoker.contract import ModelCard
+from stoker.contract import GenerateRequest, ModelCard
 from stoker.contract.kinds import KINDS
 
 log = logging.getLogger(__name__)
@@ -117,9 +117,13 @@ class WarmModels:
     def cards(self) -> list[ModelCard]:
         lanes = self.lanes
         return [
-            model.card(tuple(kind for lane_model, kind in lanes if lane_model == name))
+            model.card(tuple(kind for lane_model, kind in lanes if lane_model == name), self._kv_tokens(name))
             for name, model in self.models.items()
         ]
+
+    def _kv_tokens(self, model: str) -> int:
+        lane = self.lanes.get((model, GenerateRequest.kind))
+        return lane.budget.most_tokens if isinstance(lane, GenerateLane) else 0
 
     @property
     def adapters(self) -> dict[str, tuple[str, ...]]:

@@ -31,7 +31,7 @@ class GenerateHandler(JobHandler[GenerateRequest, list[StreamToken], GenerateRes
 
     def submit(self, job: Job) -> Submit[GenerateRequest, list[StreamToken], GenerateResult]:
         # By its record: another owner's prompt has the same date.
-        return partial(job.runtime.engine.submit, sent=job.claim.submitted)
+        return partial(job.where_it_fits, partial(job.runtime.engine.submit, sent=job.claim.submitted))
 
     def finish(self, job: Job, request: GenerateRequest, result: GenerateResult) -> GenerateResult:
         job.note_beginnings()

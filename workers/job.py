@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from celery import Task, shared_task
 
+from engine.generation.beyond import BeyondMemory
 from stoker.broker import ledger
 from stoker.broker.ledger.replies import Claim
 from stoker.contract import GenerateRequest, Usage, encode
 from stoker.contract.base import Message
 from stoker.contract.codec import read
 from stoker.contract.kinds import of_request
+from stoker.contract.presence import node_of
 from stoker.contract.requests import JobRequest
-from stoker.errors import DeadlineExceeded, StokerError
+from stoker.errors import DeadlineExceeded, InvalidRequest, StokerError
 from workers.delivery import Delivery
 from workers.job_errors import accounted, answering_celery, recording_errors
 from workers.job_lease import JobLease, PassedOn
+from workers.services.placing import Memory
 
 if TYPE_CHECKING:
     from engine.ticket import Ticket
@@ -142,6 +145,27 @@ class Job:
             placing.recall_later(self.id, self.lease.queue, worker)
             raise PassedOn(f"{worker} has the beginning of its prompt and may take it.")
 
+    def where_it_fits(
+        self, submit: Submit[GenerateRequest, D, R], job_id: str, request: GenerateRequest, data: D, /,
+        *, deadline: float | None,
+    ) -> Ticket[R]:  # fmt: skip
+        """`submit`, here; raises `PassedOn` for a prompt that another worker's memory holds and this one's does not,
+        and `InvalidRequest` where none does."""
+        try:
+            return submit(job_id, request, data, deadline=deadline)
+        except BeyondMemory as error:
+            raise self._elsewhere(request.model, error) from None
+
+    def _elsewhere(self, model: str, error: BeyondMemory) -> StokerError:
+        memories = self.runtime.persist(lambda: self.runtime.placing.memories(model))
+        enough = [memory for memory in memories if memory.tokens > error.tokens]
+        if not enough:
+            return InvalidRequest(f"{error}{_largest(memories)}")
+        best = max(enough, key=lambda memory: (memory.free, memory.tokens))
+        if self.lease.pass_on(best.worker, needed=True):
+            return PassedOn(f"{best.worker} has memory for its prompt of {error.tokens} tokens, and may take it.")
+        return InvalidRequest(str(error))
+
     def note_beginnings(self) -> None:
         """From now on this worker has those of the prompt that was placed."""
         self.runtime.placing.note(self._beginnings)
@@ -173,6 +197,14 @@ class Job:
                     self._delivery.report("task-progress", progress=round(progress, 4))
             self._delivery.account.ran(ticket)
             return ticket.result()
+
+
+def _largest(memories: Sequence[Memory]) -> str:
+    """What a refusal says of the other workers, behind the words for this one."""
+    largest = max(memories, key=lambda memory: memory.tokens, default=None)
+    if largest is None or not largest.tokens:
+        return ""
+    return f" Of the other workers {node_of(largest.worker)} has most: {largest.tokens} tokens."
 
 
 def run_job(delivery: Delivery, handler: JobHandler[Q, D, R]) -> dict[str, Any]:

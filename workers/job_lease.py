@@ -63,9 +63,10 @@ class JobLease:
         """Give the job back to its queue, alive."""
         self._persist(ledger.release, self.token)
 
-    def pass_on(self, worker: str) -> bool:
-        """Let another worker take the job. False if this one keeps it, because it was passed on before."""
-        state = self._persist(ledger.pass_on, self.token, worker)
+    def pass_on(self, worker: str, *, needed: bool = False) -> bool:
+        """Let another worker take the job. False if this one keeps it, as one that was passed on before and is not
+        `needed` to be."""
+        state = self._persist(ledger.pass_on, self.token, worker, needed=needed)
         self._only_as_owner(state is not Passing.FENCED)
         return state is Passing.PASSED
 

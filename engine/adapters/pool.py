@@ -61,7 +61,7 @@ class AdapterPool:
         self._rank = _FIRST_RANK
         self._stacks: Matrices = {}
         self._squares: dict[str, mx.array] = {}
-        #: What was measured: name and version → layer → `adapted_norms`.
+        #: What was measured, until it is dropped: name and version → layer → `adapted_norms`.
         self._norms: dict[tuple[str, int], dict[str, mx.array]] = {}
 
     @property
@@ -290,7 +290,7 @@ class AdapterPool:
 
     def measure(self, name: str, version: int, weights: LoraWeights) -> None:
         """Find the norms of a DoRA adapter before `acquire` needs them: where ranks share the inputs of layers, these
-        are sums over all ranks, which do this at the same time. `weights`: whole."""
+        are sums over all ranks, which do this at the same time. They stay until `drop`. `weights`: whole."""
         if weights.config.dora:
             own = self.own(weights)
             self._norms[name, version] = {layer: self._norms_of(own, layer) for layer in own.matrices}

@@ -98,8 +98,8 @@ class LoadedModel:
         parameters = f"{self.parameters / 1e6:.0f} M parameters"
         return f"{self.architecture}, {parameters}, {split}{drafts}{self.load_seconds:.1f} s"
 
-    def card(self, kinds: tuple[str, ...]) -> ModelCard:
-        """What a worker that runs jobs of `kinds` on this model reports of it."""
+    def card(self, kinds: tuple[str, ...], kv_tokens: int = 0) -> ModelCard:
+        """What a worker that runs jobs of `kinds` on this model, and has memory for so many tokens, reports of it."""
         return ModelCard(
             model=self.name,
             architecture=self.architecture,
@@ -110,6 +110,7 @@ class LoadedModel:
             reranks=self.pairing is not None,
             chat=self.kind == "generate" and bool(self.tokenizer.templates),
             kv_bits=self.decoder.kv_bits if self.kind == "generate" else 16,
+            kv_tokens=kv_tokens,
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from engine.adapters.pool import AdapterPool
@@ -28,7 +28,7 @@ from engine.generation.step import Step, usual
 from engine.generation.structured import GrammarVocabulary
 from engine.platform.compiler import on_cpu
 from engine.prefixes.memory import SHORTEST, SHORTEST_ON_CPU, PrefixCache
-from engine.prefixes.pins import Beginning
+from engine.prefixes.pins import Beginning, bytes_together
 from engine.prefixes.shelf import Shelf
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateRequest, GenerateResult, StreamToken
@@ -167,6 +167,10 @@ class GenerateLane:
         check_memory(len(ids), self.budget.most_tokens, request.model)
         adapter = self._pool.resolved(request.adapter)
         return Beginning(adapter, tuple(ids), len(ids) * sizes.token_bytes + sizes.state_bytes)
+
+    def bytes_of(self, beginnings: Iterable[Beginning]) -> int:
+        """What memory takes for all of them. From any thread."""
+        return bytes_together(beginnings, self._decoder.kv_sizes.token_bytes, self.prefixes.shortest)
 
     def pin(self, beginnings: Sequence[Beginning]) -> None:
         """From now on memory keeps these, once it has them, and no others."""

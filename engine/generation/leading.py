@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -23,6 +24,9 @@ from engine.generation.row import Generation
 from engine.models.shard import Shard
 from engine.ticket import StepOutput, Ticket
 from stoker.contract import GenerateResult, StreamToken
+
+#: Versions of adapters that the other ranks have ready. Of DoRA each rank keeps the norms of each, a few megabytes.
+MOST_LENT = 64
 
 
 class Sharing(Protocol):
@@ -39,6 +43,10 @@ class Sharing(Protocol):
 
     def lend(self, model: str, adapter: tuple[str, int], weights: LoraWeights) -> None:
         """Let the others have the files of an adapter's version."""
+        ...
+
+    def forget(self, model: str, adapter: tuple[str, int]) -> None:
+        """Let the others keep nothing of a version in memory, as this rank is about to."""
         ...
 
     def admit(self, model: str, admission: Admission) -> None: ...
@@ -79,8 +87,9 @@ class LeadingLane(GenerateLane):
         self._leads = False
         self._admitted = 0
         self._numbers: WeakKeyDictionary[Ticket[GenerateResult], int] = WeakKeyDictionary()
-        #: What the others have, with the stamp of the files that it was read from.
-        self._lent: dict[tuple[str, int], int] = {}
+        #: What the others have, the least recently used first, with the stamp of the files that it was read from; None:
+        #: these have become others.
+        self._lent: OrderedDict[tuple[str, int], int | None] = OrderedDict()
         super().__init__(model, pool, limits, clock=self._measured, agreed=self._agreed)
 
     def warming(self) -> Iterator[None]:
@@ -98,7 +107,8 @@ class LeadingLane(GenerateLane):
 
     def forget(self, name: str, version: int) -> None:
         """When it is asked for again: the others hear of it then, and drop the same prefixes as this one."""
-        self._lent.pop((name, version), None)
+        if (name, version) in self._lent:
+            self._lent[name, version] = None
 
     def _pin(self, work: Generation) -> None:
         """Let all ranks use one version of the job's adapter, and have its files. Raises what reading them does."""
@@ -110,10 +120,24 @@ class LeadingLane(GenerateLane):
         stamp = self._pool.stamp(name, version)
         if self._lent.get(adapter) != stamp:
             weights = self._pool.read(name, version)
+            self._make_room(adapter)
             self._sharing.lend(self._name, adapter, weights)
             super().forget(name, version)
             self._measure(adapter, weights)
             self._lent[adapter] = stamp
+        self._lent.move_to_end(adapter)
+
+    def _make_room(self, adapter: tuple[str, int]) -> None:
+        """Let all ranks forget the versions that were used longest ago, except those of jobs that are here: a rank that
+        loads one again needs its norms."""
+        if adapter in self._lent:
+            return
+        named = {row.request.adapter for row in self.held}
+        unused = [(name, version) for name, version in self._lent if f"{name}@{version}" not in named]
+        for name, version in unused[: max(0, len(self._lent) + 1 - MOST_LENT)]:
+            self._sharing.forget(self._name, (name, version))
+            super().forget(name, version)
+            del self._lent[name, version]
 
     def _measure(self, adapter: tuple[str, int], weights: LoraWeights) -> None:
         """With the others, which have just got it."""

@@ -44,10 +44,10 @@ class Pinning:
                 f"{length} tokens given that all prompts behind it share; at least {shortest} are kept here: fewer are "
                 "prefilled as fast."
             )
-        _check_room(
-            length, beginning.nbytes, sum(each.nbytes for each in before), self._lane.prefixes.limit // PINNED_PART,
-            "of memory (an eighth of STOKER_KV_CACHE)",
-        )  # fmt: skip
+        taken = self._lane.bytes_of(before)
+        wanted = self._lane.bytes_of((*before, beginning)) - taken
+        room = self._lane.prefixes.limit // PINNED_PART
+        _check_room(length, wanted, taken, room, "of memory (an eighth of STOKER_KV_CACHE)")
         if (shelf := self._lane.shelf) is not None:
             taken = sum(shelf.size(each) for each in before)
             _check_room(

@@ -10,6 +10,7 @@ from functools import reduce
 import numpy as np
 
 from engine.checkpoints.loading import LoadedModel
+from engine.generation.beyond import BeyondMemory
 from engine.models.openings import shared_length
 from engine.text import chat
 from engine.text.templates import choose
@@ -77,11 +78,12 @@ def check_ids(model: LoadedModel, request: GenerateRequest) -> None:
 
 
 def check_memory(tokens: int, most: int, model: str) -> None:
-    """Raise `InvalidRequest` for a prompt of more `tokens` than a worker can keep the keys and values of."""
+    """Raise `BeyondMemory` for a prompt of more `tokens` than a worker can keep the keys and values of."""
     if tokens >= most:
-        raise InvalidRequest(
+        raise BeyondMemory(
             f"prompt: {tokens} tokens given; this worker's memory for keys and values holds {most} of {model}. "
-            "Shorten it, or raise STOKER_KV_CACHE."
+            "Shorten it, or raise STOKER_KV_CACHE.",
+            tokens,
         )
 
 

@@ -42,6 +42,8 @@ class ModelCard(Notice):
     reranks: bool = False
     #: Bits in which the worker keeps the numbers of its keys and values; 16: as it computes them.
     kv_bits: int = 16
+    #: Tokens of one prompt and its answer whose keys and values the worker's memory holds; 0: not said.
+    kv_tokens: int = 0
     #: The version of the contract that the worker speaks: it takes jobs of no other.
     contract: int = CONTRACT
     #: When a worker last said that it serves the model, or may, seconds since the epoch.

@@ -77,7 +77,7 @@ RESUMED = Metric(
 RETURNED = Metric("stoker_jobs_returned_total", "counter", "Jobs that went back to their queue, alive.", _JOB)
 PASSED_ON = Metric(
     "stoker_jobs_passed_on_total", "counter",
-    "Jobs that went to another worker, which has what their prompt begins with.", _JOB,
+    "Jobs that went to another worker, which has what their prompt begins with, or memory for all of it.", _JOB,
 )  # fmt: skip
 QUEUE_WAIT = Metric(
     "stoker_queue_wait_seconds", "histogram", "From the submission of a job until its first owner had it.",

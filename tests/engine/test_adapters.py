@@ -17,7 +17,7 @@ import pytest
 from engine.adapters import peft
 from engine.adapters import pool as pool_module
 from engine.adapters.lane import AdapterLane
-from engine.adapters.lora import LoraConfig, LoraWeights, dropout_keys, initialise, square_norms
+from engine.adapters.lora import LoraConfig, LoraWeights, adapted_norms, dropout_keys, initialise, square_norms
 from engine.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 from engine.adapters.pool import BASE, AdapterPool
 from engine.adapters.store import NOTES_FILE, AdapterStore
@@ -570,6 +570,27 @@ def test_a_version_is_dropped_from_memory(model: LoadedModel, pool: AdapterPool)
     assert pool.loaded == ()
     found = logits(model, pool.rows([pool.acquire("style")]))
     assert np.abs(found[0] - alone(model, tiny.adapter(model, 2, 1))).max() < 1e-4
+
+
+def test_the_norms_of_a_version_go_with_it(
+    model: LoadedModel, pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, found = tiny.adapter(model, 2, 1, dora=True), list[Any]()
+
+    def norms(*given: Any) -> Any:
+        found.append(given)
+        return adapted_norms(*given)
+
+    pool.save("style", weights, {})
+    monkeypatch.setattr(pool_module, "adapted_norms", norms)
+    pool.drop("style", 1)
+    pool.measure("style", 1, weights)
+    each = len(found)
+    pool.release(pool.acquire("style"))
+    assert len(found) == each > 0
+    pool.drop("style", 1)
+    pool.release(pool.acquire("style"))
+    assert len(found) == 2 * each
 
 
 def taken(model: LoadedModel, pool: AdapterPool, folder: Path) -> Ticket[Any]:

@@ -21,6 +21,7 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.generation import lane as lane_module
+from engine.generation.beyond import BeyondMemory
 from engine.generation.lane import GenerateLane
 from engine.generation.limits import LaneLimits
 from engine.generation.prompt import TokenizedPrompt
@@ -30,6 +31,7 @@ from engine.models.llama import Llama
 from engine.prefixes.shelf import Shelf
 from engine.text.tokenizer import Manners, Tokenizer
 from engine.ticket import Ticket
+from engine.warm import WarmModels
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult, StreamToken
 from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong, UnknownAdapter, WorkerUnavailable
 from tests.engine import tiny
@@ -918,6 +920,24 @@ def test_a_prompt_that_memory_can_never_hold_is_refused(model: LoadedModel, pool
     driver = Driver(model, pool, kv_bytes=100_000)
     with pytest.raises(InvalidRequest, match=r"memory for keys and values holds \d+ of tiny.*STOKER_KV_CACHE"):
         driver.send(request([3] * 500))
+
+
+def test_a_worker_says_how_many_tokens_of_a_prompt_its_memory_holds(model: LoadedModel, tmp_path: Path) -> None:
+    warm = WarmModels(AdapterStore(tmp_path), tmp_path, LaneLimits(kv_bytes=100_000), 1 << 20, 0.2)
+    for _ in warm.hold(model):
+        pass
+    (card,) = warm.cards
+    lane = warm.lanes["tiny", "generate"]
+    assert isinstance(lane, GenerateLane)
+
+    def prepared(length: int) -> Generation:
+        ticket: Ticket[GenerateResult] = Ticket("one", "generate")
+        return lane.prepare(ticket, request([3] * length), None)
+
+    assert len(prepared(card.kv_tokens - 1).prompt) == card.kv_tokens - 1 > 0
+    with pytest.raises(BeyondMemory) as error:
+        prepared(card.kv_tokens)
+    assert error.value.tokens == card.kv_tokens
 
 
 def test_loading_an_adapter_changes_no_running_request(model: LoadedModel, pool: AdapterPool) -> None:

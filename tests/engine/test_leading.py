@@ -52,6 +52,9 @@ class Notes:
     def lend(self, model: str, adapter: tuple[str, int], weights: LoraWeights) -> None:
         self.words.append(("lend", LentAdapter.of(*adapter, weights), weights))
 
+    def forget(self, model: str, adapter: tuple[str, int]) -> None:
+        self.words.append(("forget", *adapter))
+
     def admit(self, model: str, admission: Admission) -> None:
         # As it travels.
         self.words.append(("admit", Admission.model_validate_json(admission.model_dump_json())))
@@ -78,8 +81,8 @@ class Leading:
         self.model = model or replace(tiny.loaded(shared_model.whole()), shard=Shard(0, 1))
         self.store = AdapterStore(home / "adapters")
         self.notes = Notes()
-        pool = AdapterPool(self.model, self.store)
-        self.lane = LeadingLane(self.model, pool, limits, self.notes)
+        self.pool = AdapterPool(self.model, self.store)
+        self.lane = LeadingLane(self.model, self.pool, limits, self.notes)
         self.lane.warm()
         self.numbers = itertools.count()
         self.published: list[StreamToken] = []
@@ -127,6 +130,9 @@ def followed(leading: Leading, home: Path, step: type[Step] = Step) -> tuple[Gen
         if word == "lend":
             lent, weights = given
             store.write("tiny", lent.name, weights, {}, lent.version)
+            lane.forget(lent.name, lent.version)
+        elif word == "forget":
+            lane.forget(*given)
         elif word == "admit":
             lane.admit(*given)
         elif word == "drop":
@@ -210,6 +216,45 @@ def test_an_adapter_whose_files_became_others_is_lent_again_and_serves_nobody_fr
     assert answer("style@1") == answer("style@2") != before
     lent = [given[0].version for word, *given in leading.notes.words if word == "lend"]
     assert lent == [1, 1, 2]
+
+
+def lending(leading: Leading) -> list[str]:
+    """Which versions are lent and forgotten, in their order."""
+    words = [(word, given) for word, *given in leading.notes.words if word in ("lend", "forget")]
+    return [f"{word} {given[0].name if word == 'lend' else given[0]}" for word, given in words]
+
+
+def test_the_adapter_used_longest_ago_is_forgotten_on_all_ranks_and_lent_again_to_its_next_job(
+    leading: Leading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.generation.leading.MOST_LENT", 2)
+    for seed, name in enumerate(("one", "two", "three")):
+        leading.store.write("tiny", name, leading.weights(seed, dora=True), {})
+    for name in ("one", "two", "one", "three", "two"):
+        leading.submit(adapter=name)
+        leading.finish()
+    assert lending(leading) == ["lend one", "lend two", "forget two", "lend three", "forget one", "lend two"]
+    assert sorted(leading.pool.loaded) == ["three@1", "two@1"]
+    assert followed(leading, tmp_path)[1] == witnesses(leading)
+
+
+def test_an_adapter_that_a_job_here_has_or_waits_for_is_not_forgotten(
+    leading: Leading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.generation.leading.MOST_LENT", 1)
+    names = ("one", "two", "three", "four", "last")
+    for seed, name in enumerate(names):
+        leading.store.write("tiny", name, leading.weights(seed), {})
+    for name in names[:-1]:
+        leading.submit(adapter=name)
+        leading.turn()
+    assert leading.lane.waiting
+    assert lending(leading) == [f"lend {name}" for name in names[:-1]]
+    leading.finish()
+    # Its files have become others, which no other rank has heard.
+    leading.lane.forget("two", 1)
+    leading.submit(adapter="last")
+    assert lending(leading)[4:] == [*(f"forget {name}" for name in names[:-1]), "lend last"]
 
 
 @pytest.mark.parametrize("course", [mixed, late, cancels, adapters])

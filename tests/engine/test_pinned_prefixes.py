@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from engine.prefixes import folder, shelf
 from engine.prefixes.disk import DiskLimits
 from engine.prefixes.folder import SHORTEST, PrefixFolder
 from engine.prefixes.memory import PrefixCache
-from engine.prefixes.pins import Beginning
+from engine.prefixes.pins import Beginning, bytes_together
 from engine.ticket import Ticket
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult
 from stoker.contract.requests import LOWEST_PRIORITY, MAX_PROMPT_IDS
@@ -131,6 +132,51 @@ def test_pins_take_half_of_what_memory_has_for_prefixes(machine: Machine, model:
         pinned.check(made, [Beginning(None, (1,), 1)])
     with pytest.raises(InvalidRequest, match=r"3 tokens given .* at least"):
         pinned.check(Beginning(None, (1, 2, 3), 1), [])
+
+
+def test_what_pins_begin_alike_with_takes_its_room_once(machine: Machine, model: LoadedModel) -> None:
+    room = 120 * model.decoder.kv_sizes.token_bytes
+    pinned = Pinned(Worker(model, AdapterPool(model, machine.store), kv_bytes=8 * room))
+    first, second, third, other = (
+        pinned.beginning(GenerateRequest(model="tiny", prompt_ids=ids))
+        for ids in ((*SYSTEM, 7), (*SYSTEM, *[8] * 10), (*SYSTEM, *[9] * 10), tuple(SYSTEM[1:]))
+    )
+    pinned.check(second, [first])
+    pinned.check(first, [first, second])
+    for one in (third, other, replace(first, adapter=("style", 1))):
+        with pytest.raises(InvalidRequest, match="of memory"):
+            pinned.check(one, [first, second])
+    for one in (first, second):
+        pinned.ready(one.ids)
+    assert pinned.worker.lane.prefixes.nbytes == pinned.worker.lane.bytes_of([first, second])
+
+
+def test_what_is_pinned_under_two_names_takes_its_room_once_with_its_states() -> None:
+    pin = Beginning(None, tuple(SYSTEM), 7 * len(SYSTEM) + 1000)
+    longer = Beginning(None, (*SYSTEM, 7), pin.nbytes + 7)
+    assert bytes_together([pin, replace(pin)], 7, 4) == pin.nbytes
+    assert bytes_together([pin, longer], 7, 4) == pin.nbytes + 7 + 1000, "the states behind each of them"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pins_take_what_memory_keeps_of_them(tiny_llama: Llama, seed: int) -> None:
+    random, shortest = np.random.default_rng(seed), 4
+    cache = PrefixCache(1 << 30, shortest=shortest)
+    beginnings: list[Beginning] = []
+    for _ in range(12):
+        # Some begin as one before does, for more or fewer tokens than are kept once, some are it, or a part of it.
+        known = beginnings[random.integers(len(beginnings))].ids if beginnings else ()
+        own = () if random.random() < 0.2 else tuple(random.integers(3, 5, size=9).tolist())
+        ids = (*known[: random.integers(20)], *own) or (3,)
+        adapter = (None, ("style", 1), ("style", 2))[random.integers(3)]
+        beginnings.append(Beginning(adapter, (*ids, 3, 3, 3), 0))
+    token = tiny_llama.kv_sizes.token_bytes
+    beginnings = [replace(each, nbytes=len(each.ids) * token) for each in beginnings]
+    cache.pin((each.adapter, each.ids) for each in beginnings)
+    for each in beginnings:
+        cache.put(each.adapter, each.ids, KeyValues(tiny_llama, 1, len(each.ids)))
+    assert all(cache.has(each.adapter, each.ids) for each in beginnings)
+    assert bytes_together(beginnings, token, shortest) == cache.nbytes < sum(each.nbytes for each in beginnings)
 
 
 def test_pins_take_half_of_the_disk_with_those_of_other_models(machine: Machine, model: LoadedModel) -> None:

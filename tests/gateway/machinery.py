@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import openai
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from stoker import AsyncClient
 from stoker.gateway.access import Keyed
@@ -30,7 +30,7 @@ class Served:
     """A gateway that runs in a thread. Starting one takes longer than a test: `over` says what it is over now."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self._app: ASGIApp = gateway.application()
+        self._app = self._first = gateway.application()
         listener = listening("127.0.0.1", 0)
         self.port: int = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -47,7 +47,10 @@ class Served:
             runner.run(self._server.serve([listener]))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
+        # Its thread may begin behind `over`. What went on then besides requests would be of a gateway that is to end
+        # before the server, and would open its client's connections again.
+        app = self._first if scope["type"] == "lifespan" else self._app
+        await app(scope, receive, send)
 
     @property
     def connections(self) -> int:

@@ -3,18 +3,22 @@ most."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from stoker import Client, GenerateResult
 from stoker.broker import keys
+from stoker.errors import InvalidRequest
+from stoker.local.stack import Stack
 from stoker.monitor import metrics
 from stoker.monitor.numbers import MetricsReport
 from tests import endless
-from tests.conftest import wait_until
+from tests.conftest import stack_settings, wait_until
 from tests.integration.machinery import FragileBroker, endless_in, patient_client, two_workers_on
 from workers.beginnings import BLOCK
 
@@ -67,6 +71,31 @@ def test_a_conversation_goes_on_where_its_beginning_is_and_elsewhere_where_that_
         assert again.usage.cached_tokens >= LONG - 1, "now both have it"
         logs = [(tmp_path / name / "logs" / "worker.log").read_text() for name in ("one", "two")]
         assert any("is anyone's again" in log for log in logs)
+
+
+@pytest.mark.timeout(180)
+def test_a_prompt_that_the_memory_of_one_worker_does_not_hold_runs_where_another_ones_does(
+    fragile: FragileBroker, tmp_path: Path
+) -> None:
+    model = endless_in(tmp_path)
+    config = tmp_path / endless.MODEL / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 40_000}))
+    with ExitStack() as leaving:
+        for name, megabytes in (("small", 16), ("large", 32)):
+            settings = stack_settings(tmp_path / name, url=fragile.url, grace=1.0, models=(model,), kv_cache=megabytes)
+            leaving.enter_context(Stack(settings, flower=False)).wait_until_warm()
+        client = leaving.enter_context(patient_client(fragile.url, 60))
+        small, large = sorted((presence.models[0].kv_tokens, presence.worker) for presence in client.workers())
+        prompt = list(range(3, 23)) * (small[0] // 20 + 1)
+
+        def worker_of(prompt: list[int]) -> str:
+            return client.generate(prompt_ids=prompt, model=endless.MODEL, max_tokens=2).result(60).usage.worker
+
+        wait_until(
+            lambda: worker_of(prompt) == large[1] and passed_on(client) > 0, "the small one was asked first for one", 90
+        )
+        with pytest.raises(InvalidRequest, match=f"(holds|has most:) {large[0]} "):
+            worker_of(prompt * 3)
 
 
 def passed_on(client: Client) -> float:

@@ -118,6 +118,7 @@ def test_a_worker_passes_jobs_on_and_recalls_them(broker: Guarded, client: Clien
     job_id, placing = take(worker), Placing(broker.settings("worker"), "w", worker)
     placing.note(["0" * 32])
     assert placing.better("m", ["0" * 32]) is None
+    assert placing.memories("m") == []
     assert ledger.pass_on(worker, job_id, QUEUE, "token", "v") == "passed"
     assert worker.brpop([keys.placed(QUEUE, "w"), keys.ready(QUEUE)], 0.01) is None
     assert ledger.recall(worker, job_id, QUEUE, "v")

@@ -290,6 +290,18 @@ def test_a_job_that_came_back_and_runs_is_recalled_to_nobody(redis: Any) -> None
     assert not redis.exists(keys.placed(QUEUE, "other"), keys.ready(QUEUE))
 
 
+def test_a_job_that_was_passed_on_is_passed_on_again_where_its_owner_cannot_run_it_alone(redis: Any) -> None:
+    submit(redis)
+    claim(redis, "one", "first")
+    assert ledger.pass_on(redis, "job", QUEUE, "one", "small") == "passed"
+    claim(redis, "two", "second")
+    assert ledger.pass_on(redis, "job", QUEUE, "two", "large") == "stays"
+    assert ledger.pass_on(redis, "job", QUEUE, "two", "large", needed=True) == "passed"
+    assert redis.llen(keys.placed(QUEUE, "large")) == 1
+    claimed = claim(redis, "three", "third")
+    assert (claimed.state, claimed.resumed, claimed.attempt) == ("run", False, 1)
+
+
 def test_a_job_that_an_owner_crashed_with_before_counts_as_resumed_where_it_is_passed_on(redis: Any) -> None:
     submit(redis)
     claim(redis, "one")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from engine.adapters.store import AdapterStore
+from engine.generation.beyond import BeyondMemory
 from engine.training.memory import RunMemory
-from stoker.broker import keys, registry
+from stoker.broker import keys, ledger, registry
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
-from stoker.broker.ledger.replies import Claim
+from stoker.broker.ledger.replies import Claim, Passing
 from stoker.broker.ledger.vectors import Kept
 from stoker.client.requests import generate_request
 from stoker.contract import (
@@ -37,7 +38,7 @@ from stoker.contract.bundle import AdapterInput
 from stoker.contract.dataset import TrainInput
 from stoker.contract.uploads import Kind, Upload
 from stoker.contract.vectors import Embedded
-from stoker.errors import JobLost, VectorsFull, WorkerUnavailable
+from stoker.errors import InvalidRequest, JobLost, VectorsFull, WorkerUnavailable
 from stoker.settings import Settings
 from tasks import embed
 from tasks.adapters import AdapterHandler
@@ -48,9 +49,9 @@ from workers import moving
 from workers.beginnings import BLOCK, beginnings
 from workers.capacity import DoesNotFit
 from workers.job import Job
-from workers.job_lease import JobLease
+from workers.job_lease import JobLease, PassedOn
 from workers.services import placing
-from workers.services.placing import Placing
+from workers.services.placing import Memory, Placing
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "stoker.json": b"{}"}
 LINES = b'{"text": "a"}\n{"text": "b"}'
@@ -77,6 +78,8 @@ class Worker:
             persist=lambda action: action(),
         )
         self.resources = ExitStack()
+        #: Workers to which its job was passed on.
+        self.passed: list[str] = []
 
     def job(self, *, resumed: bool = False) -> Job:
         self.redis.hset(keys.job("job"), Field.KIND, "train")
@@ -258,6 +261,57 @@ def test_the_engine_hears_when_a_generation_was_sent(worker: Worker) -> None:
     worker.runtime.engine.submit = Mock()
     GenerateHandler().submit(worker.job(resumed=True))("job", generate_request("m", "x", 0, {}), [], deadline=None)
     assert worker.runtime.engine.submit.call_args.kwargs["sent"] == 1772924399.5
+
+
+@pytest.fixture
+def too_long(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Submits a prompt of 5,000 tokens, for which this worker's memory is too small; `others`: what theirs holds."""
+
+    def submit(*others: Memory, state: str = "passed") -> Any:
+        def passed(*given: Any, needed: bool) -> Passing:
+            assert needed
+            worker.passed.append(given[-1])
+            return Passing(state)
+
+        worker.runtime.engine.submit = Mock(side_effect=BeyondMemory("5000 tokens given, 4000 here.", 5000))
+        monkeypatch.setattr(worker.runtime.placing, "memories", lambda model: list(others))
+        monkeypatch.setattr(ledger, "pass_on", passed)
+        return GenerateHandler().submit(worker.job())("job", generate_request("m", "x", 0, {}), [], deadline=None)
+
+    return submit
+
+
+def test_a_prompt_that_memory_here_does_not_hold_goes_to_the_worker_with_most_room_of_those_whose_memory_does(
+    worker: Worker, too_long: Callable[..., Any]
+) -> None:
+    small, exact = Memory("small", 4999, 9), Memory("exact", 5000, 9)
+    with pytest.raises(PassedOn, match="large has memory for its prompt of 5000 tokens"):
+        too_long(small, exact, Memory("full", 9000, 0), Memory("large", 5001, 3))
+    with pytest.raises(PassedOn):
+        too_long(Memory("full", 9000, 0), small)
+    assert worker.passed == ["large", "full"], "one that is full takes it later"
+
+
+def test_a_prompt_that_no_workers_memory_holds_is_refused_with_the_largest(
+    worker: Worker, too_long: Callable[..., Any]
+) -> None:
+    for others, more in (
+        ((), ""),
+        ((Memory("old/1", 0, 1),), ""),
+        ((Memory("a/1", 30, 4), Memory("b/2", 5000, 1)), " Of the other workers b has most: 5000 tokens."),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            too_long(*others)
+        assert type(refused.value) is InvalidRequest, "which each release knows"
+        assert str(refused.value) == f"5000 tokens given, 4000 here.{more}"
+    assert not worker.passed
+
+
+def test_a_prompt_beyond_memory_that_cannot_be_passed_on_is_refused(
+    worker: Worker, too_long: Callable[..., Any]
+) -> None:
+    with pytest.raises(InvalidRequest, match="5000 tokens given"):
+        too_long(Memory("large", 9000, 1), state="stays")
 
 
 def test_a_job_keeps_the_version_of_its_adapter_that_it_began_with(worker: Worker) -> None:

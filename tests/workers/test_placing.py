@@ -15,7 +15,7 @@ from stoker.broker import keys, ledger
 from stoker.broker.connection import connect
 from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
-from stoker.contract import ModelCard, Presence
+from stoker.contract import CONTRACT, ModelCard, Presence
 from stoker.settings import Settings
 from tests.conftest import wait_until
 from workers.beginnings import BLOCK, beginnings
@@ -44,13 +44,15 @@ def place(broker: Settings, redis: Any, tmp_path: Path) -> Place:
     return made
 
 
-def says(redis: Any, worker: str, held: int = 0, most: int = 4, model: str = "m") -> None:
+def says(redis: Any, worker: str, held: int = 0, most: int = 4, *, stopping: bool = False, **card: Any) -> None:
     """The worker's presence: so many jobs held of so many."""
     presence = Presence(
         worker=worker, host="h", pid=1, device="cpu", started=0, time=0, adapters={}, memory_bytes=0,
-        models=(CARD.model_copy(update={"model": model}),), lanes={"generate": (held, most)},
+        models=(CARD.model_copy(update=card),), lanes={"generate": (held, most)}, stopping=stopping,
     )  # fmt: skip
     redis.set(keys.worker(worker), presence.model_dump_json(), ex=keys.PRESENCE_TTL)
+    redis.zadd(keys.WORKERS, {worker: 0})
+    redis.expire(keys.WORKERS, 60)
 
 
 def test_the_worker_that_has_the_longest_beginning_is_better(redis: Any, place: Place) -> None:
@@ -103,6 +105,23 @@ def test_workers_of_one_home_have_what_is_on_its_disk(
     says(redis, "other")
     place("other", "home", prefix_disk=disk).note(NAMES)
     assert place("here", "home", prefix_disk=disk).better("m", NAMES) == expected
+
+
+def test_memory_is_that_of_the_other_workers_that_would_take_the_job(redis: Any, place: Place) -> None:
+    here = place("here", placement=0)
+    assert here.memories("m") == []
+    says(redis, "here", kv_tokens=9)
+    says(redis, "large", held=1, kv_tokens=8000)
+    says(redis, "full", held=4, kv_tokens=4000)
+    says(redis, "of a release that does not say it")
+    says(redis, "of another model", model="n", kv_tokens=9)
+    says(redis, "trains", kinds=("train",), kv_tokens=9)
+    says(redis, "of another contract", contract=CONTRACT + 1, kv_tokens=9)
+    says(redis, "ends", stopping=True, kv_tokens=9)
+    redis.zadd(keys.WORKERS, {"gone": 0})
+    assert sorted(here.memories("m")) == [
+        ("full", 4000, 0), ("large", 8000, 3), ("of a release that does not say it", 0, 4),
+    ]  # fmt: skip
 
 
 def test_a_wait_of_nothing_turns_it_off(redis: Any, place: Place) -> None:

@@ -29,6 +29,7 @@ from workers.group.plan import (
     Command,
     Done,
     Drop,
+    Forget,
     Holds,
     Keep,
     Lend,
@@ -115,6 +116,8 @@ class Follower:
             self._open(command)
         elif isinstance(command, Lend):
             self._keep(command)
+        elif isinstance(command, Forget):
+            self._lanes[command.model].forget(command.name, command.version)
         else:
             self._runs.pop(command.run, None)
         return ""

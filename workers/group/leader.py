@@ -34,6 +34,7 @@ from workers.group.plan import (
     Done,
     Drop,
     End,
+    Forget,
     Hello,
     Holds,
     Keep,
@@ -227,6 +228,10 @@ class Leader(MlxRanks):
         lent = LentAdapter.of(*adapter, weights)
         self._tell(lambda number: Lend(number=number, model=model, adapter=lent))
         lent.send(self, weights)
+
+    def forget(self, model: str, adapter: tuple[str, int]) -> None:
+        name, version = adapter
+        self._tell(lambda number: Forget(number=number, model=model, name=name, version=version))
 
     def admit(self, model: str, admission: Admission) -> None:
         self._tell(lambda number: Admit(number=number, model=model, admission=admission))

@@ -9,15 +9,17 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from engine.generation.followed import Admission, LentAdapter
+from engine.generation.followed import Admission, Count, LentAdapter
 from engine.training.followed import RunHeader
-from stoker.contract.base import Message
+from stoker.contract.base import Adapter, Message
 from stoker.contract.shown import brief
+from stoker.contract.wording import refusal
 from stoker.errors import StokerError
 
 #: Of what is written here. Ranks of different ones do not work together.
-VERSION = 5
+VERSION = 6
 #: Bytes that a line may have: a prompt of a million tokens has half of it.
 LONGEST = 1 << 24
 
@@ -100,6 +102,16 @@ class Lend(Message):
     adapter: LentAdapter
 
 
+class Forget(Message):
+    """Keep nothing of an adapter's version in memory: it is lent again before its next job comes."""
+
+    said: Literal["forget"] = "forget"
+    number: Number
+    model: Text
+    name: Adapter
+    version: Count
+
+
 class Admit(Message):
     """Take a job into the lane of a model."""
 
@@ -156,7 +168,7 @@ class Stop(Message):
     why: Text = ""
 
 
-Command: TypeAlias = Begin | Advance | Keep | End | Open | Lend | Admit | Drop | Turn
+Command: TypeAlias = Begin | Advance | Keep | End | Open | Lend | Forget | Admit | Drop | Turn
 Word: TypeAlias = Hello | Holds | Command | Measured | Done | Beat | Stop
 _WORDS: TypeAdapter[Word] = TypeAdapter(Annotated[Word, Field(discriminator="said")])
 
@@ -178,6 +190,13 @@ def read(line: bytes) -> Word:
     try:
         return _WORDS.validate_json(line)
     except ValidationError as error:
-        why = error.errors()[0]["msg"]
-        shown = brief(line[:80].decode(errors="replace"))
+        shown, why = brief(line[:80].decode(errors="replace")), _explain(error.errors()[0])
         raise NotOfThePlan(f"{shown} given; a word of plan {VERSION} is needed ({why}).") from None
+
+
+def _explain(problem: ErrorDetails) -> str:
+    """What is wrong, behind the word and the field in which it is."""
+    if problem["type"] == "json_invalid":
+        return "expected JSON"
+    said = "no such field" if problem["type"] == "extra_forbidden" else refusal(problem)
+    return ": ".join(filter(None, (".".join(map(str, problem["loc"])), said)))

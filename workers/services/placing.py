@@ -5,6 +5,9 @@ to that one alone; if it is not taken within `Settings.placement` seconds, it is
 runs it. So a job waits a fraction of a second at most, once, and a worker that passes one on takes the next meanwhile
 (delay scheduling, Zaharia et al., EuroSys 2010).
 
+A prompt that is too long for this worker's memory of keys and values is passed on to a worker that says it has room for
+it, and waits there until that one takes it; `recover` finds it where that one dies.
+
 Who has what is written into the broker when a job is done, and forgotten after a while. It is a hint: where it is
 wrong, a prompt is prefilled that need not be.
 """
@@ -26,7 +29,8 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from stoker.broker import keys, ledger
-from stoker.contract import GenerateRequest, Presence
+from stoker.client.model_choice import parse_presences
+from stoker.contract import CONTRACT, GenerateRequest, Presence
 from stoker.contract.kinds import GENERATE
 from stoker.local.naming import home_id
 from stoker.settings import Settings
@@ -52,6 +56,14 @@ class Holder(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.place} {self.worker}"
+
+
+class Memory(NamedTuple):
+    """A worker, the tokens of a prompt whose keys and values it has room for, and its free slots."""
+
+    worker: str
+    tokens: int
+    free: int
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,19 @@ class Placing:
         rooms = {holder.worker: _room(model, text) for holder, text in known.items() if text is not None}
         return {worker: room for worker, room in rooms.items() if room > 0}
 
+    def memories(self, model: str) -> list[Memory]:
+        """Of the other workers that generate with the model and take jobs. Raises `RedisError`."""
+        names = [name.decode(errors="replace") for name in self._redis.zrange(keys.WORKERS, 0, -1)]
+        others = [name for name in names if name != self._here.worker]
+        said = parse_presences(self._redis.mget([keys.worker(name) for name in others])) if others else []
+        return [
+            Memory(presence.worker, card.kv_tokens, _free(presence))
+            for presence in said
+            for card in presence.models
+            if card.model == model and GENERATE.name in card.kinds and card.contract == CONTRACT
+            if not presence.stopping
+        ]
+
     def recall_later(self, job_id: str, queue: str, worker: str) -> None:
         self._passed.put(_Passed(time.monotonic() + self._wait, job_id, queue, worker))
 
@@ -180,8 +205,13 @@ def _room(model: str, said: bytes) -> int:
         presence = Presence.model_validate_json(said)
     except ValidationError:
         return 0
+    return _free(presence) if any(card.model == model for card in presence.models) else 0
+
+
+def _free(presence: Presence) -> int:
+    """Slots for jobs of generation."""
     held, most = presence.lanes.get(GENERATE.name, (0, 0))
-    return most - held if any(card.model == model for card in presence.models) else 0
+    return most - held
 
 
 def _place(settings: Settings, worker: str) -> str:

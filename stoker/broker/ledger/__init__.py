@@ -122,10 +122,11 @@ def release(redis: Any, job_id: str, queue: str, token: str) -> bool:
     return _call(TRANSITIONS.release, bool, job_id, queue, token).on(redis)
 
 
-def pass_on(redis: Any, job_id: str, queue: str, token: str, worker: str) -> Passing:
-    """Let `worker` alone take the job, until it is recalled. Each job is passed on once at most."""
-    extra = (keys.placed(queue, worker),)
-    return _call(TRANSITIONS.pass_on, Passing.parse, job_id, queue, token, keys.PLACED_TTL, extra=extra).on(redis)
+def pass_on(redis: Any, job_id: str, queue: str, token: str, worker: str, *, needed: bool = False) -> Passing:
+    """Let `worker` alone take the job, until it is recalled. Each job is passed on once at most, except where that is
+    `needed`, because its owner cannot run it."""
+    arguments, extra = (token, keys.PLACED_TTL, int(needed)), (keys.placed(queue, worker),)
+    return _call(TRANSITIONS.pass_on, Passing.parse, job_id, queue, *arguments, extra=extra).on(redis)
 
 
 def recall(redis: Any, job_id: str, queue: str, worker: str) -> bool:

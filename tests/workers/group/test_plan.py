@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -39,14 +40,21 @@ def test_a_word_is_a_line_and_is_read_as_it_was_written(word: Word) -> None:
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "why"),
     [
-        b"", b"{}", b"\xff", b'{"said": "dance"}', b'{"said": "advance", "number": -1, "run": "a"}',
-        b'{"said": "advance", "number": 1, "run": "a", "more": 1}', b'{"said": "done", "number": 1.5}',
+        (b"", "expected JSON"),
+        (b"\xff", "expected JSON"),
+        (b"[]", "[] given; expected an object"),
+        (b"{}", "{} given; expected an object"),
+        (b'{"said": "dance"}', "{'said': 'dance'} given; expected an object whose 'said' is one of 'hello', "),
+        (b'{"said": "advance", "number": -1, "run": "a"}', "advance.number: -1 given; expected at least 0"),
+        (b'{"said": "advance", "number": 1, "run": "a", "more": 1}', "advance.more: no such field"),
+        (b'{"said": "done", "number": 1.5}', "done.number: 1.5 given; expected a whole number"),
+        (b'{"said": "end", "number": 1}', "end.run: missing; it has to be given"),
     ],
-)  # fmt: skip
-def test_what_is_no_word_of_the_plan_is_refused_and_shown(line: bytes) -> None:
-    with pytest.raises(NotOfThePlan, match="given; a word of plan 5 is needed"):
+)
+def test_what_is_no_word_of_the_plan_is_shown_and_refused_in_words_of_stokers(line: bytes, why: str) -> None:
+    with pytest.raises(NotOfThePlan, match=f"given; a word of plan 6 is needed {re.escape(f'({why}')}"):
         read(line)
 
 
@@ -111,7 +119,7 @@ def test_a_line_without_end_is_not_kept(pair: tuple[Channel, socket.socket]) -> 
     [
         ("stoker", "0.0.1", "rank 1 on two: Stoker 0.0.1 given; rank 0 has"),
         ("mlx", "0.1.0", "MLX 0.1.0 given; rank 0 has"),
-        ("plan", 1, "the plan's version 1 given; rank 0 has 5"),
+        ("plan", 1, "the plan's version 1 given; rank 0 has 6"),
         ("device", "gpu", "the device gpu given; rank 0 has cpu"),
         ("precision", "float16", "the precision float16 given"),
         ("shard", True, "STOKER_SHARD True given; rank 0 has False. Set it alike on every host."),

@@ -21,7 +21,7 @@ from engine.engine import Engine
 from stoker.contract import TrainRequest
 from stoker.contract.dataset import TrainInput
 from tests.engine import bridged, shared_model, tiny
-from tests.workers.group.sharded_child import LINES, MODELS, RUN, Streams, everything, losses
+from tests.workers.group.sharded_child import LINES, MODELS, PATIENCE, RUN, Streams, everything, losses
 
 
 def write(home: Path, folder: Path, models: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def together(home: Path, folder: Path, ranks: int, models: Sequence[str]) -> dic
 
 def go_on(engine: Engine, streams: Streams) -> dict[str, Any]:
     """With a run that others left."""
-    engine.submit("back", TrainRequest(**RUN), TrainInput(LINES)).result(30)
+    engine.submit("back", TrainRequest(**RUN), TrainInput(LINES)).result(PATIENCE)
     return {"losses": losses(streams, "back")}
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from engine.adapters.lora import same
+from engine.adapters.lora import LoraWeights, same
+from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import load
 from engine.generation.followed import Admission, Answer, LentAdapter
@@ -37,6 +38,7 @@ from workers.group.plan import (
     Done,
     Drop,
     End,
+    Forget,
     Hello,
     Holds,
     Keep,
@@ -292,11 +294,13 @@ def test_the_others_hear_of_a_lane_in_the_order_in_which_rank_0_says_it(met: Mee
     met.leader.measured(0.1 + 0.2)
     met.leader.admit("a", admission)
     met.leader.drop("a", [1])
-    assert [next(words) for _ in range(4)] == [
+    met.leader.forget("a", ("style", 2))
+    assert [next(words) for _ in range(5)] == [
         Open(number=1, model="a", slots=3, kv_bytes=5, prefix_share=0.5, stall=0.25, lookup=True),
         Measured(seconds=0.1 + 0.2),
         Admit(number=2, model="a", admission=admission),
         Drop(number=3, model="a", jobs=(1,)),
+        Forget(number=4, model="a", name="style", version=2),
     ]
 
 
@@ -430,6 +434,26 @@ def test_a_rank_serves_the_adapter_that_rank_0_has_though_its_disk_has_another_o
     if damaged:
         (store.folder("tiny", "style", 1) / "adapter_model.safetensors").write_bytes(b"none")
     store.write("tiny", "style", weights, {})
+    lends(monkeypatch, folder, weights)
+    assert all(
+        same(store.read("tiny", "style", version, model.linear_shapes).matrices, weights.matrices) for version in (1, 2)
+    )
+    (aside,) = store.folder("tiny", "style", 1).parent.glob("*-*")
+    assert f"style@1 of tiny: files here were others than rank 0 has; they are in {aside}" in caplog.text
+
+
+def test_a_rank_forgets_the_version_that_rank_0_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder, dropped = shared_model.write(tmp_path / "model"), list[tuple[str, int]]()
+    weights = tiny.adapter(load("tiny", [str(folder)]), 2, 1)
+    mx.eval(weights.matrices)
+    monkeypatch.setattr(AdapterPool, "drop", lambda _, name, version: dropped.append((name, version)))
+    lends(monkeypatch, folder, weights, Forget(number=4, model="tiny", name="style", version=1))
+    # What is lent takes the place of what was there.
+    assert dropped == [("style", 1), ("style", 2), ("style", 1)]
+
+
+def lends(monkeypatch: pytest.MonkeyPatch, folder: Path, weights: LoraWeights, *words: Word) -> None:
+    """Rank 0 lends two versions, and says what is numbered 4 and on; the other rank does all of it."""
     monkeypatch.setattr(LentAdapter, "receive", lambda *_: weights)
     following = Following(monkeypatch, lambda: {"tiny": load("tiny", [str(folder)])})
     assert [type(next(following.words)) for _ in range(2)] == [Hello, Holds]
@@ -440,14 +464,13 @@ def test_a_rank_serves_the_adapter_that_rank_0_has_though_its_disk_has_another_o
     for number, version in enumerate((1, 2), 2):
         lent = LentAdapter.of("style", version, weights)
         following.channel.say(Lend(number=number, model="tiny", adapter=lent))
-    assert [next(following.words) for _ in range(3)] == [Done(number=number) for number in (1, 2, 3)]
+    for word in words:
+        following.channel.say(word)
+    assert [next(following.words) for _ in range(3 + len(words))] == [
+        Done(number=number) for number in range(1, 4 + len(words))
+    ]
     following.channel.say(Stop())
     following.over()
-    assert all(
-        same(store.read("tiny", "style", version, model.linear_shapes).matrices, weights.matrices) for version in (1, 2)
-    )
-    (aside,) = store.folder("tiny", "style", 1).parent.glob("*-*")
-    assert f"style@1 of tiny: files here were others than rank 0 has; they are in {aside}" in caplog.text
 
 
 def word_of(number: int, said: str, given: Any) -> Word:
