@@ -138,6 +138,9 @@ def run(lane: GenerateLane, prompts: Sequence[str], tokens: int, *, lookup: bool
 def rows_of(model: LoadedModel, pool: AdapterPool, task: str, streams: int, tokens: int, times: int) -> list[Row]:
     """One stream answers `times` of the prompts; more of them answer all, `times` times."""
     lanes = {lookup: GenerateLane(model, pool) for lookup in (False, True)}
+    for lane in lanes.values():
+        # Else the first rows are far ahead, without drafts, when the last has its first token.
+        lane.step.mixes = False
     prompts = TASKS[task]
     groups = [prompts] * times if streams > 1 else [[prompt] for prompt in prompts[:times]]
     turn = {lookup: iter(groups) for lookup in lanes}

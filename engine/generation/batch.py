@@ -154,7 +154,6 @@ class Batch:
             self.rows[last.slot] = last
         row.slot = -1
         row.epoch += 1
-        self.settle()
 
     def settle(self) -> None:
         """Let a pass go that nobody waits for any more."""

@@ -31,8 +31,8 @@ from kernels.sample import KERNEL as SAMPLE
 from kernels.sample import sample as fused_sample
 
 #: How far below the best score a nucleus ends at most: all the scores of a vocabulary that are further away are less
-#: than a float32 sees next to it. No round number, so that no middle is a score. Halvings of that, which leave 2e-6.
-FAR, HALVINGS = 31.7, 24
+#: than a float32 sees next to it. Halvings of that, which leave 2e-6.
+FAR, HALVINGS = 32.0, 24
 
 
 def sample(logits: mx.array, draws: Sequence[Draw]) -> list[Pick]:
@@ -205,14 +205,22 @@ def _sorted_floor(scaled: mx.array, best: mx.array, ranks: RankParameters, width
 def _nucleus(scaled: mx.array, best: mx.array, top_p: mx.array) -> mx.array:
     """What top-p keeps lies above this, (rows, 1), and nothing else does: found by halving, as in samplers of GPUs that
     sort nothing (Ye et al., FlashInfer, 2025). Scores that differ by 2e-6 may count as equal."""
-    weights = exp_nonpositive(mx.minimum(scaled - best, 0.0))
-    wanted = top_p * mx.sum(weights, axis=-1, keepdims=True)
-    low, high = best - FAR, best
+    # In lines of 128: the CPU back-end sums columns four times as fast as rows.
+    rows, vocabulary = scaled.shape
+    scores = mx.pad(scaled, [(0, 0), (0, -vocabulary % 128)], constant_values=-mx.inf).reshape(rows, -1, 128)
+    low, high = best[:, None] - FAR, best[:, None]
+    weights = exp_nonpositive(mx.minimum(scores - high, 0.0))
+    wanted = top_p[:, None] * _total(weights)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        enough = mx.sum(above(scaled, weights, middle), axis=-1, keepdims=True) >= wanted
+        enough = _total(above(scores, weights, middle)) >= wanted
         low, high = mx.where(enough, middle, low), mx.where(enough, high, middle)
-    return low
+    return low[:, 0]
+
+
+def _total(x: mx.array) -> mx.array:
+    """Of each row's lines, (rows, 1, 1)."""
+    return x.sum(axis=1, keepdims=True).sum(axis=2, keepdims=True)
 
 
 def _log_total(logits: mx.array) -> mx.array:

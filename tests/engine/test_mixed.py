@@ -294,6 +294,13 @@ def test_nothing_is_written_to_the_storage_of_a_row_whose_last_tokens_are_under_
     second = prefill.next(12)
     assert second is not None
     assert list(second.parts) == rows[1:]
+    second.goes()
+    last = prefill.next(100)
+    assert last is not None
+    assert last.waits
+    prefill.rows = []
+    assert not last.waits, "the group was given up for a better one"
+    assert last.through([pick()]) == []
     assert sent[0].tokens == []
 
 
@@ -309,8 +316,9 @@ def test_where_drafts_pay_prompts_have_passes_of_their_own(
     monkeypatch.setattr(Drafter, "plan", lambda *_: Plan(2))
     passes.alone.clear()
     later = driver.send(request(LONG, max_tokens=1))
-    while not later.tokens:
+    for _ in range(50):
         driver.step()
+    assert len(later.tokens) == 1
     assert passes.along == []
     assert sum(tokens for tokens in passes.alone if tokens > 2) == len(LONG)
 
