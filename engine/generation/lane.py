@@ -460,8 +460,11 @@ class GenerateLane:
         return Decoded(prompts=chunk.tokens)
 
     def _launch_ahead(self, pending: PendingStep) -> None:
-        """Launch the pass behind this one, and let it begin: its host's part is done while that runs. Not where prompts
-        go along: of a pass that is not compiled that is most, and MLX would hold up what is to be read before it."""
+        """Launch the pass behind this one, and let it begin: its host's part is done while that runs. It does not begin
+        where prompts go along: of a pass that is not compiled the host's part is most, and MLX would hold up what is to
+        be read before it. There is none behind the last tokens of prompts, whose rows would not be in it."""
+        if pending.chunk is not None and pending.chunk.done:
+            return
         launched = self.batch.in_flight if self._launch(again=True) else None
         if launched is not None and launched.chunk is None and pending.chunk is None:
             self.batch.begin()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from engine.generation import prefill
+from engine.generation.grouping import PASS
 from engine.generation.prefill import FEW, PrefillPacer
 from engine.models.buckets import bucket
 from stoker.contract.requests import LOWEST_PRIORITY
@@ -65,11 +66,10 @@ class MixedPacer:
         #: Of a token, as measured lately; 0: unknown.
         self._seconds = 0.0
 
-    def tokens(self, patience: float) -> int:
-        """As many as add about so many seconds."""
-        if not self._seconds:
-            return LEAST_MIXED
-        return max(LEAST_MIXED, min(prefill.MOST, int(patience / self._seconds)))
+    def tokens(self, patience: float, guess: float) -> int:
+        """As many as add about so many seconds; a token adds those of the `guess` where nothing is known yet."""
+        seconds = self._seconds or guess
+        return max(LEAST_MIXED, min(prefill.MOST, int(patience / seconds))) if seconds else LEAST_MIXED
 
     def note(self, tokens: int, added: float) -> None:
         """A pass took `added` seconds longer for so many. Fewer say little: a pass takes some time for any."""
@@ -135,7 +135,7 @@ class LanePacer:
         """How many tokens of prompts, of which so many wait or are under way, the next pass takes along; 0: none."""
         if self._with_prompts >= WITHOUT:
             return 0
-        return self._mixed.tokens(MIXED * self._patience(prompts))
+        return self._mixed.tokens(MIXED * self._patience(prompts), self._decoding / PASS)
 
     def _patience(self, prompts: int) -> float:
         """Seconds for which rows wait: a chunk as long as a decode step at most doubles the time between two tokens.

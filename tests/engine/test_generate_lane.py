@@ -91,6 +91,8 @@ class Driver:
         self._pool = pool
         self.sent: dict[str, Sent] = {}
         self.lookahead = True
+        #: Of the pass that was read last.
+        self.rows = 0
 
     def send(self, request: GenerateRequest, published: list[StreamToken] | None = None) -> Sent:
         ticket: Ticket[Any] = Ticket(f"job-{len(self.sent)}", "generate")
@@ -103,6 +105,7 @@ class Driver:
         if not self.lane.busy:
             return
         output = self.lane.run(lookahead=self.lookahead)
+        self.rows = output.rows
         for ticket, entry in output.entries:
             assert isinstance(entry, StreamToken)
             self.sent[ticket.job_id].tokens.append(entry)

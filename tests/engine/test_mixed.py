@@ -226,10 +226,14 @@ def test_a_pass_with_prompts_begins_when_it_is_read_so_that_the_one_before_it_is
     driver = Driver(model, pool)
     streaming(driver)
     later = driver.send(request(LONG, max_tokens=4))
-    begun = [passes_begun(driver) for _ in range(8)]
+    begun, rows_of_passes = list[int](), list[int]()
+    for _ in range(8):
+        begun.append(passes_begun(driver))
+        rows_of_passes.append(driver.rows)
     ahead, with_prompts, both = 0, 1, 2
     assert begun == [ahead, *[with_prompts] * 4, both, 1, 1], "the first without prompts, and one ahead again"
-    assert len(later.tokens) == 3
+    assert rows_of_passes[4:6] == [1, 2], "the new row is in the pass behind its last tokens"
+    assert len(later.tokens) == 4
 
 
 def passes_begun(driver: Driver) -> int:
@@ -297,9 +301,9 @@ def test_nothing_is_written_to_the_storage_of_a_row_whose_last_tokens_are_under_
     second.goes()
     last = prefill.next(100)
     assert last is not None
-    assert last.waits
+    waited = last.waits
     prefill.rows = []
-    assert not last.waits, "the group was given up for a better one"
+    assert (waited, last.waits) == (True, False), "the group was given up for a better one"
     assert last.through([pick()]) == []
     assert sent[0].tokens == []
 
@@ -328,15 +332,16 @@ def test_where_drafts_pay_prompts_have_passes_of_their_own(
 
 def test_a_pass_takes_as_many_tokens_along_as_are_measured_to_fit() -> None:
     pacer = MixedPacer()
-    assert pacer.tokens(1.0) == LEAST_MIXED, "nothing is known yet"
+    assert pacer.tokens(1.0, guess=0.0) == LEAST_MIXED, "nothing is known yet"
+    assert pacer.tokens(1.0, guess=0.01) == 100
     pacer.note(10, 0.02)
-    assert pacer.tokens(0.05) == 25
-    assert pacer.tokens(0.001) == LEAST_MIXED
+    assert pacer.tokens(0.05, guess=0.01) == 25
+    assert pacer.tokens(0.001, guess=0.01) == LEAST_MIXED
     pacer.note(LEAST_MIXED - 1, 9.0)
-    assert pacer.tokens(0.05) == 25, "few tokens say nothing"
+    assert pacer.tokens(0.05, guess=0.01) == 25, "few tokens say nothing"
     for _ in range(40):
         pacer.note(10, 0.04)
-    assert pacer.tokens(0.05) == 12
+    assert pacer.tokens(0.05, guess=0.01) == 12
 
 
 def test_prompts_make_a_pass_less_than_twice_as_long_and_each_further_one_as_much_again() -> None:
