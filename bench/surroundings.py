@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.platform.blas import CORE_TYPE
-
+#: What makes OpenBLAS take the kernels of another processor.
+CORE_TYPE = "OPENBLAS_CORETYPE"
 #: Of the cores, or of the time, that others may take; of the memory that has to be free.
 OTHERS, FREE = 0.1, 0.1
 #: Of a GPU's time, in percent, that it may be busy while nothing of ours runs.

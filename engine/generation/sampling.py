@@ -177,7 +177,7 @@ def _draw(scores: mx.array, random: RandomParameters) -> tuple[mx.array, mx.arra
 
 def _ranked_floor(scaled: mx.array, best: mx.array, ranks: RankParameters) -> mx.array:
     """The smallest score that top-k and then top-p (on what top-k left, renormalised) keep: (rows, 1). A row's is found
-    in one way, whatever the others ask for."""
+    in one way, by what it asks for itself."""
     vocabulary = scaled.shape[-1]
     if not (ranks.alone and fast(scaled)):
         return _sorted_floor(scaled, best, ranks, vocabulary if ranks.alone else ranks.width)

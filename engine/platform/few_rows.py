@@ -57,11 +57,11 @@ def switch(loaded: ctypes.CDLL, threads: int) -> None:
 def _key(compiler: Path) -> str:
     """What the library is for: this source, this g++ and this processor, since machines may share a folder."""
     state = compiler.stat()
-    parts = (SOURCE.read_bytes(), repr((FLAGS, state.st_size, state.st_mtime_ns, _processor())).encode())
+    parts = (SOURCE.read_bytes(), repr((FLAGS, state.st_size, state.st_mtime_ns, processor())).encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the processor can do, as Linux says it."""
     lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")

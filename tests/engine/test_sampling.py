@@ -205,7 +205,7 @@ def test_a_nucleus_is_what_lies_before_its_share_in_order(spread: float, top_p: 
         mass = np.cumsum(weights) / weights.sum()
         count = int(kept[row].sum())
         assert kept[row, order[:count]].all(), "the likeliest ones"
-        # As far as float32 tells sums apart.
+        # As far as sums in float32 are exact.
         assert mass[count - 1] >= top_p - 5e-6
         assert count == 1 or mass[count - 2] < top_p + 5e-6
 
