@@ -54,16 +54,19 @@ def hopeless(error: Exception) -> bool:
 def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -> BrokerUnavailable:
     """What redis-py raised, as the one error that a caller sees, with the remedy. `at`: the key that was asked for."""
     where, reason = settings.shown_address, _reason(error)
+    # Where an option or an argument names the broker, the variable would change nothing.
+    by_variable = settings.url_name == "STOKER_URL"
+    url = "STOKER_URL" if by_variable else "its URL"
     if isinstance(error, AuthenticationError | AuthorizationError) or reason.startswith(("NOAUTH", "WRONGPASS")):
         return BrokerUnavailable(
-            f"the broker at {where} refuses the login ({reason}). Put its user and password into STOKER_URL: "
+            f"the broker at {where} refuses the login ({reason}). Put its user and password into {url}: "
             "redis://USER:PASSWORD@HOST:PORT/DB."
         )
-    if trouble := _tls_trouble(reason):
+    if trouble := _tls_trouble(reason, url):
         return BrokerUnavailable(f"the broker at {where} {trouble}.")
     if forbids(error):
         return BrokerUnavailable(
-            f"the broker at {where} forbids it ({reason}). The user that STOKER_URL names needs the rights of its "
+            f"the broker at {where} forbids it ({reason}). The user that {url} names needs the rights of its "
             "role: deploy/acl has them."
         )
     if isinstance(error, BusyLoadingError):
@@ -82,29 +85,28 @@ def broker_unavailable(settings: Settings, error: BaseException, at: str = "") -
         return BrokerUnavailable(
             f"the broker at {where} cannot write to its disk and took nothing ({reason}). Free some space there."
         )
-    # Where an option or an argument names it, the variable would change nothing.
-    remedy = "set STOKER_URL to" if settings.url_name == "STOKER_URL" else "name"
+    remedy = "set STOKER_URL to" if by_variable else "name"
     return BrokerUnavailable(
         f"no answer from the broker at {where} ({reason}). Start one with `stoker up`, or {remedy} one that runs."
     )
 
 
-def _tls_trouble(reason: str) -> str | None:
-    """What failed in setting up TLS, and what to do; None if that is not what failed."""
+def _tls_trouble(reason: str, url: str) -> str | None:
+    """What failed in setting up TLS, and what to do; None if that is not what failed. `url`: what names the broker."""
     if _UNTRUSTED in reason:
         why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0].rstrip(".")
         if "mismatch" in why:
             return (
-                f"shows a certificate for another name ({why}). Write the broker's name in STOKER_URL as it stands in "
+                f"shows a certificate for another name ({why}). Write the broker's name in {url} as it stands in "
                 "the certificate"
             )
         return (
-            f"shows a certificate that is not trusted ({why}). Name the authority that signed it in STOKER_URL: "
+            f"shows a certificate that is not trusted ({why}). Name the authority that signed it in {url}: "
             "?ssl_ca_certs=FILE"
         )
     if any(text in reason for text in _ENDED):
         return (
-            f"ends the TLS handshake ({reason}). If it asks for a certificate of its client, name yours in STOKER_URL: "
+            f"ends the TLS handshake ({reason}). If it asks for a certificate of its client, name yours in {url}: "
             "?ssl_certfile=FILE&ssl_keyfile=FILE"
         )
     return None

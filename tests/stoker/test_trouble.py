@@ -78,9 +78,15 @@ WRONG = (
         (raised.ResponseError("WRONGTYPE x"), f"refused it (WRONGTYPE x): one of its keys (stoker:...) {WRONG}"),
     ],
 )
-def test_each_trouble_is_one_error_with_its_remedy_and_without_the_password(error: RedisError, said: str) -> None:
+def test_each_trouble_is_one_error_with_its_remedy_and_without_the_password(
+    error: RedisError, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = broker_unavailable(SETTINGS, error)
-    assert (type(found), str(found)) == (BrokerUnavailable, f"{WHERE} {said}")
+    named = said.replace("STOKER_URL", "its URL")
+    assert (type(found), str(found)) == (BrokerUnavailable, f"{WHERE} {named}"), "the variable would change nothing"
+    assert SETTINGS.url is not None
+    monkeypatch.setenv("STOKER_URL", SETTINGS.url)
+    assert str(broker_unavailable(SETTINGS, error)) == f"{WHERE} {said}"
 
 
 @pytest.mark.parametrize(
