@@ -31,9 +31,11 @@ SHARE = 0.25
 #: Steps after a turn that the foreground has to itself: they measure what its passes take.
 ALONE = 3
 #: Tokens of prompts that a pass of rows that decode takes along at least. How much longer than without any it may take
-#: for each prompt: passes differ, and it shall stay below twice. Passes with prompts after which one goes without, so
-#: that it is known what that takes.
-LEAST_MIXED, MIXED, WITHOUT = 8, 0.8, 64
+#: for each prompt: passes differ, and it shall stay below twice.
+LEAST_MIXED, MIXED = 8, 0.8
+#: Passes with prompts after which one goes without, so that it is known what that takes; and how many do so at most
+#: where something keeps that from being known, for which no prompt may wait for ever.
+WITHOUT, TRIES = 64, 3
 #: Passes of one size whose median is what they take, at least and at most.
 LEAST, MOST = 3, 9
 #: Chunks of prompts, its own included, for which a row that has its first token waits where no row decodes yet: the
@@ -128,13 +130,15 @@ class LanePacer:
 
     def note_mixed(self, seconds: float, tokens: int) -> None:
         """A pass that took so many tokens of prompts along took `seconds`."""
-        self._with_prompts += 1
+        self._with_prompts += self._with_prompts < WITHOUT
         self._mixed.note(tokens, seconds - self._decoding)
 
     def mixed_tokens(self, prompts: int) -> int:
         """How many tokens of prompts, of which so many wait or are under way, the next pass takes along; 0: none."""
         if self._with_prompts >= WITHOUT:
-            return 0
+            self._with_prompts = (self._with_prompts + 1) % (WITHOUT + TRIES + 1)
+            if self._with_prompts:
+                return 0
         return self._mixed.tokens(MIXED * self._patience(prompts), self._decoding / PASS)
 
     def _patience(self, prompts: int) -> float:

@@ -17,7 +17,7 @@ from engine.generation import pacing
 from engine.generation.drafting import Drafter, Plan
 from engine.generation.draws import Pick
 from engine.generation.forward_input import ForwardInput
-from engine.generation.pacing import LEAST_MIXED, MIXED, WITHOUT, LanePacer, MixedPacer
+from engine.generation.pacing import LEAST_MIXED, MIXED, TRIES, WITHOUT, LanePacer, MixedPacer
 from engine.generation.prefill import SHORT, Prefill
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
@@ -364,6 +364,10 @@ def test_now_and_then_a_pass_goes_without_prompts_and_shows_what_that_takes(
     assert pacer.mixed_tokens(1) == 0
     pacer.note(0.1, 2)
     assert pacer.mixed_tokens(1) > 0
+    for _ in range(WITHOUT):
+        pacer.note_mixed(0.2, 10)
+    tried = [pacer.mixed_tokens(1) for _ in range(TRIES + 1)]
+    assert [tokens > 0 for tokens in tried] == [False] * TRIES + [True], "what is never measured holds no prompt up"
 
     monkeypatch.setattr(pacing, "WITHOUT", 3)
     monkeypatch.setattr(MixedPacer, "tokens", lambda *_: 8)
