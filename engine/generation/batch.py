@@ -208,9 +208,8 @@ class Batch:
         padding = size - len(rows)
         assert not padding or len(rows) == len(self.rows), "a row that rests would be written to"
         draws, sampling = gather(rows, ahead[: len(rows)], self._model.args.vocab, size)
-        given = self._newest(pending, rows, size, bucketed=self._step.decode_buckets)
-        adapters = self._pool.rows([row.adapter for row in rows] + [0] * padding)
-        return draws, self._step(self.kv, replace(given, adapters=adapters), sampling)
+        given = self._newest(pending, rows, size, [0] * padding, bucketed=self._step.decode_buckets)
+        return draws, self._step(self.kv, given, sampling)
 
     def _decode_with(
         self, chunk: PromptChunk, pending: PendingStep | None, rows: Sequence[Row], ahead: Sequence[int]
@@ -220,19 +219,22 @@ class Batch:
         prefill, drawn = chunk.prefill, [*rows, *chunk.done]
         ahead = [*ahead[: len(rows)], *[0] * len(chunk.done)]
         draws, sampling = gather(drawn, ahead, self._model.args.vocab, len(drawn))
-        given = self._newest(pending, rows, len(rows), bucketed=False)
-        adapters = self._pool.rows([row.adapter for row in rows] + chunk.adapters_of_tokens)
+        given = self._newest(pending, rows, len(rows), chunk.adapters_of_tokens, bucketed=False)
         prompts = replace(chunk.given, last=mx.array(chunk.ends, mx.int32))
-        return draws, self._step.mixed(self.kv, replace(given, adapters=adapters), prefill.kv, prompts, sampling)
+        return draws, self._step.mixed(self.kv, given, prefill.kv, prompts, sampling)
 
-    def _newest(self, pending: PendingStep | None, rows: Sequence[Row], size: int, *, bucketed: bool) -> ForwardInput:
-        """The newest token of each row, padded to `size`, without adapters."""
+    def _newest(
+        self, pending: PendingStep | None, rows: Sequence[Row], size: int, behind: list[int], *, bucketed: bool
+    ) -> ForwardInput:
+        """The newest token of each row, padded to `size`. `behind`: indices of the adapters of what the pass takes
+        behind these rows."""
         assert self.kv is not None
         offset = np.array([row.cached for row in rows] + [0] * (size - len(rows)), dtype=np.int32)
         return ForwardInput(
             self._tokens(pending, rows, size)[:, None],
             mx.array(offset),
             self.kv.read_length(int(offset.max()) + 1, 1, bucketed=bucketed),
+            adapters=self._pool.rows([row.adapter for row in rows] + behind),
             places=self.kv.pending(offset, len(rows)),
         )
 

@@ -377,8 +377,7 @@ class GenerateLane:
         """Which prompts of this priority go together: on a CPU as many as one chunk takes."""
         if self.step.prompt_buckets:
             return GroupLimits(GROUP_TOKENS)
-        tokens = self._chunk(priority).pacer.most
-        return GroupLimits(tokens, padding=PASS, alike=bool(self._decoder.kv_sizes.states))
+        return GroupLimits(self._chunk(priority).pacer.most, padding=PASS, alike=bool(self._decoder.kv_sizes.states))
 
     def _chunk(self, priority: int) -> Chunk:
         """How much of the prompts of this priority goes next."""

@@ -77,14 +77,24 @@ def streaming(driver: Driver, tokens: int = 300) -> Sent:
     return sent
 
 
-def until_last_chunk(driver: Driver) -> None:
-    """A pass with the last tokens of a prompt is under way."""
+def next_to_last_chunk(driver: Driver) -> tuple[Sent, Sent]:
+    """A row that decodes, and a prompt whose last tokens are under way with it."""
+    stream = streaming(driver)
+    later = driver.send(request(LONG[:60], max_tokens=4))
     for _ in range(50):
         pending = driver.lane.batch.in_flight
         if pending is not None and pending.chunk is not None and pending.chunk.waits:
-            return
+            return stream, later
         driver.step()
     raise AssertionError("no prompt comes to its last tokens")
+
+
+def ids_apart(model: LoadedModel, pool: AdapterPool, prompt: list[int], tokens: int) -> list[int]:
+    """What an answer is by itself, with passes of its own for its prompt."""
+    driver = apart(Driver(model, pool))
+    sent = driver.send(request(prompt, max_tokens=tokens))
+    driver.run()
+    return sent.ids
 
 
 # --- the pass ---
@@ -184,11 +194,8 @@ def test_a_prompt_next_to_streams_has_no_pass_of_its_own(
     assert sum(passes.along) == len(LONG)
     assert len(stream.tokens) - before >= len(passes.along), "the stream had a token in each of these passes"
     driver.run()
-    for one, prompt, tokens in ((stream, [9, 8, 7], 300), (later, LONG, 5)):
-        plain = apart(Driver(model, pool))
-        alone = plain.send(request(prompt, max_tokens=tokens))
-        plain.run()
-        assert one.ids == alone.ids
+    assert stream.ids == ids_apart(model, pool, [9, 8, 7], 300)
+    assert later.ids == ids_apart(model, pool, LONG, 5)
     driver.assert_empty()
 
 
@@ -247,17 +254,12 @@ def test_a_prompt_whose_last_tokens_are_under_way_when_all_streams_end_gets_its_
     model: LoadedModel, pool: AdapterPool, passes: Passes
 ) -> None:
     driver = Driver(model, pool)
-    stream = streaming(driver)
-    later = driver.send(request(LONG[:60], max_tokens=4))
-    until_last_chunk(driver)
+    stream, later = next_to_last_chunk(driver)
     stream.ticket.cancel()
     driver.run()
     assert sum(passes.along) == 60
     assert len(later.ids) == 4
-    plain = apart(Driver(model, pool))
-    alone = plain.send(request(LONG[:60], max_tokens=4))
-    plain.run()
-    assert later.ids == alone.ids
+    assert later.ids == ids_apart(model, pool, LONG[:60], 4)
     driver.assert_empty()
 
 
@@ -265,9 +267,7 @@ def test_a_prompt_that_is_stopped_while_its_last_tokens_are_under_way_gets_none(
     model: LoadedModel, pool: AdapterPool
 ) -> None:
     driver = Driver(model, pool)
-    stream = streaming(driver)
-    later = driver.send(request(LONG[:60], max_tokens=4))
-    until_last_chunk(driver)
+    stream, later = next_to_last_chunk(driver)
     later.ticket.cancel()
     driver.step()
     assert later.ids == []
