@@ -256,7 +256,8 @@ class GenerateLane:
         # Prompts and rows that decode take turns, unless one pass takes both.
         late, self._let_go = self._let_go, False
         pushed = not (late or self._ends_prompts) and self._push_prompts(output)
-        if pushed and self._gathers:
+        if pushed and self._pacer.gathers:
+            # What came meanwhile is admitted behind this step.
             self._pacer.gather()
         elif output.entries and lookahead:
             # A first token is there: it is reported before the lane waits for the pass that is under way.
@@ -390,11 +391,6 @@ class GenerateLane:
         free = self.limits.slots - len(self.batch.rows) - len(under_way)
         waiting = sum(row.priority == priority for row in self._roster.waiting)
         return max(1, sum(row.priority == priority for row in under_way) + min(waiting, free))
-
-    @property
-    def _gathers(self) -> bool:
-        """Whether rows that have their first tokens wait for prompts that are to come."""
-        return self._pacer.gathers and bool(self._prompts or self._roster.waiting)
 
     def _acquire(self, row: Row) -> bool:
         """Pin the version of a row's adapter; a row that was preempted has it."""

@@ -336,7 +336,8 @@ def test_more_requests_than_slots_wait_in_order_of_arrival(model: LoadedModel, p
 def test_a_long_prompt_does_not_hold_up_running_streams(model: LoadedModel, pool: AdapterPool) -> None:
     driver = Driver(model, pool, stall=1e-9)
     short = driver.send(request([3, 1], max_tokens=20))
-    driver.step()
+    while len(short.tokens) < 2:
+        driver.step()
     long = driver.send(request([3] * 900, max_tokens=2))
     for _ in range(3):
         before = len(short.tokens)

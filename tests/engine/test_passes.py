@@ -354,3 +354,17 @@ def test_the_rows_of_a_burst_wait_for_two_chunks_of_the_others_and_no_longer(
         assert steps(uncompiled, 4) == "pppd"
         uncompiled.run()
     assert [len(sent.tokens) for sent in uncompiled.sent.values()] == [20] * 12
+
+
+def test_a_burst_that_comes_while_its_first_prompt_is_read_is_read_before_that_row_decodes(
+    uncompiled: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client sends its jobs one by one: the first is alone when it comes."""
+    monkeypatch.setattr(PrefillPacer, "note", lambda *_: None)
+    uncompiled.send(request(prompt(200, 0), max_tokens=20))
+    assert steps(uncompiled, 1) == "p"
+    for number in (1, 2, 3):
+        uncompiled.send(request(prompt(200, number), max_tokens=20))
+    assert steps(uncompiled, 3) == "ppd"
+    uncompiled.run()
+    assert [len(sent.tokens) for sent in uncompiled.sent.values()] == [20] * 4
