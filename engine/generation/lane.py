@@ -303,7 +303,8 @@ class GenerateLane:
         prefill = self._prompts.best(priorities)
         if prefill is None or self._goes_along(prefill):
             return False
-        self._seat(self._advanced(prefill, self._chunk(prefill.priority)), prefill, output)
+        chunk = self._chunk(prefill.priority, long=prefill.long and self.step.parts > 1)
+        self._seat(self._advanced(prefill, chunk), prefill, output)
         return True
 
     def _seat(self, through: Sequence[tuple[Row, Pick]], prefill: Prefill, output: StepOutput) -> None:
@@ -380,10 +381,10 @@ class GenerateLane:
             return GroupLimits(GROUP_TOKENS)
         return GroupLimits(self._chunk(priority).pacer.most, padding=PASS, alike=bool(self._decoder.kv_sizes.states))
 
-    def _chunk(self, priority: int) -> Chunk:
+    def _chunk(self, priority: int, *, long: bool = False) -> Chunk:
         """How much of the prompts of this priority goes next."""
         decoding = any(row.priority <= priority for row in self.batch.rows)
-        return self._pacer.chunk(priority, decoding=decoding, prompts=self._coming(priority))
+        return self._pacer.chunk(priority, decoding=decoding, prompts=self._coming(priority), long=long)
 
     def _coming(self, priority: int) -> int:
         """How many prompts of this priority are under way, or wait for no other than these; at least one."""
@@ -406,7 +407,7 @@ class GenerateLane:
 
     def _advanced(self, prefill: Prefill, chunk: Chunk) -> list[tuple[Row, Pick]]:
         try:
-            return prefill.advance(chunk.pacer, chunk.patience)
+            return prefill.advance(chunk.pacer, chunk.patience, chunk.turns)
         except RowFault as fault:
             self._fail(fault)
             return []

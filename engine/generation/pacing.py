@@ -26,6 +26,9 @@ EVERY = 40
 #: Tokens of a chunk to begin with; where launches are most of what a pass takes (GPUs), each further size that is tried
 #: costs a tenth of a second for compiling, and this one was right on an H100.
 CHUNK, CHUNK_OF_LAUNCHES = 128, 512
+#: Turns in which a pass over a long prompt goes through the layers while streams run (Lee et al., "From Tokens to
+#: Layers", 2025). Where launches are most of what it takes, fewer tokens take no less, and fewer layers do.
+TURNS = 4
 #: Of the time since its last turn, how much prompts of the background may take in the next one.
 SHARE = 0.25
 #: Steps after a turn that the foreground has to itself: they measure what its passes take.
@@ -55,10 +58,12 @@ class _Passes:
 
 @dataclass(frozen=True)
 class Chunk:
-    """How much of a prompt goes at once: what `pacer` says, which learns from the `patience` that there was."""
+    """How much of a prompt goes at once: what `pacer` says, which learns from the `patience` that there was, of each of
+    so many `turns`."""
 
     pacer: PrefillPacer
     patience: float
+    turns: int = 1
 
 
 class MixedPacer:
@@ -85,9 +90,9 @@ class LanePacer:
 
     def __init__(self, stall: float, chunk: int = CHUNK) -> None:
         self._stall = stall
-        #: Chunks while streams run: of one prompt, and of several that wait. Chunks that hold up nobody, and chunks of
-        #: the background.
-        self._busy, self._several = PrefillPacer(chunk), PrefillPacer(chunk)
+        #: Chunks while streams run: of one prompt, of several that wait, and of long ones in turns. Chunks that hold up
+        #: nobody, and chunks of the background.
+        self._busy, self._several, self._in_turns = PrefillPacer(chunk), PrefillPacer(chunk), PrefillPacer(chunk)
         self._idle, self._behind = PrefillPacer(256, least=FEW), PrefillPacer(prefill.LEAST)
         #: What goes along with passes of rows that decode, and how many such passes there were since one without.
         self._mixed, self._with_prompts = MixedPacer(), 0
@@ -185,12 +190,14 @@ class LanePacer:
         twice as long."""
         return min(self._stall, SHARE * self._seconds) / 2
 
-    def chunk(self, priority: int, *, decoding: bool, prompts: int = 1) -> Chunk:
+    def chunk(self, priority: int, *, decoding: bool, prompts: int = 1, long: bool = False) -> Chunk:
         """For prompts of this priority, of which so many wait or are under way; `decoding`: whether rows that are as
-        good decode meanwhile."""
+        good decode meanwhile; `long`: the prompts may take turns."""
         if priority > self.best:
             return Chunk(self._behind, self.background_seconds)
         if decoding and not self.gathers:
+            if long:
+                return Chunk(self._in_turns, self._patience(prompts), TURNS)
             return Chunk(self._busy if prompts == 1 else self._several, self._patience(prompts))
         return Chunk(self._idle, 1.0) if self._alone else Chunk(self._behind, self._stall / 2)
 

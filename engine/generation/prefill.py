@@ -16,7 +16,7 @@ from engine.generation.gathering import gather
 from engine.generation.row import Row, RowState
 from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch
-from engine.generation.step import Step
+from engine.generation.step import Step, Underway
 from engine.models.buckets import bucket
 from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
 from engine.models.decoder import Decoder
@@ -30,6 +30,8 @@ LEAST, MOST = 32, 2048
 FEW = 4 * LEAST
 #: Tokens of prompts that are short.
 SHORT = LEAST + LEAST // 2
+#: Tokens of a prompt up to which a pass takes no turns: its first token would come a decode step later for each.
+WHOLE = 256
 #: A chunk of half the tokens that takes more than this part of the time saves nothing that those who wait would see.
 SAVES = 0.9
 #: A fifth less is worth twice the chunks, each with a pass of those who wait before it. A tenth less is worth them
@@ -148,6 +150,29 @@ class PromptChunk:
         return here
 
 
+@dataclass(eq=False)
+class _Turns:
+    """A chunk whose pass takes several turns, of `wanted` seconds in all, as `pacer` chose it. `seconds`: what they
+    took until now; `known`: whether nothing was compiled meanwhile."""
+
+    chunk: PromptChunk
+    pacer: PrefillPacer
+    wanted: float
+    underway: Underway | None = None
+    seconds: float = 0.0
+    known: bool = True
+
+    def took(self, seconds: float, known: bool) -> None:
+        self.seconds += seconds
+        self.known &= known
+
+    def note(self) -> None:
+        """The last turn is over."""
+        if self.known:
+            # What a pass takes that has to be compiled first, none after it will.
+            self.pacer.note(sum(map(len, self.chunk.parts.values())), self.seconds, self.wanted)
+
+
 class Prefill:
     """A group of rows of one priority that are prefilled together: one pass takes the next chunk of each.
 
@@ -169,8 +194,11 @@ class Prefill:
         self.rows, self.priority = list(rows), rows[0].priority
         self._kv_rows = {id(row): index for index, row in enumerate(self.rows)}
         self.kv = self._start(prefixes)
-        #: Whether all of it is few tokens.
-        self.short = len(rows) * max(row.length - row.cached for row in rows) <= SHORT
+        longest = max(row.length - row.cached for row in rows)
+        #: Whether all of it is few tokens; and whether one prompt of it is many.
+        self.short, self.long = len(rows) * longest <= SHORT, longest > WHOLE
+        #: A chunk whose pass is not through all layers.
+        self._turns: _Turns | None = None
         for row in self.rows:
             row.state = RowState.PREFILLING
 
@@ -212,25 +240,43 @@ class Prefill:
         prefixes.put(name, tokens, self.kv, self.kv_row(row))
         return True
 
-    def advance(self, pacer: PrefillPacer, patience: float) -> list[tuple[Row, Pick]]:
-        """One pass that shall take `patience` seconds at most; rows that are through leave the group, with their first
-        new token."""
+    def advance(self, pacer: PrefillPacer, patience: float, turns: int = 1) -> list[tuple[Row, Pick]]:
+        """One turn, of `patience` seconds at most: a pass over the next chunk, or one of so many `turns` that it takes
+        through the layers. Rows that are through leave the group, with their first new token."""
         began, traced = self._clock(), self._step.traced
+        current = self._turns or self._begun(pacer, patience * turns)
+        found = self._turn(current, -(-self._step.parts // turns))
+        current.took(self._clock() - began, self._agreed(self._step.traced == traced))
+        if self._turns is None:
+            current.note()
+        return found
+
+    def _begun(self, pacer: PrefillPacer, wanted: float) -> _Turns:
         waiting = self._waiting()
         chunk = self._chunk(waiting, self._share([len(tokens) for tokens in waiting.values()], pacer))
+        return _Turns(chunk, pacer, wanted)
+
+    def _turn(self, current: _Turns, parts: int) -> list[tuple[Row, Pick]]:
+        """Take a chunk through so many parts of the model more: what comes of it in the last turn."""
+        chunk, done = current.chunk, 0 if current.underway is None else current.underway.done
+        # Anew in each turn: an adapter that came meanwhile could not be put into stacks that are held.
+        given = replace(chunk.given, adapters=self._pool.rows(chunk.adapters))
+        if done + parts < self._step.parts:
+            self._turns, current.underway = current, self._step.begin(self.kv, given, parts, current.underway)
+            mx.eval(current.underway.hidden, self.kv.stored)
+            return []
         draws, sampling = self._sampling() if chunk.done else ([], None)
-        chosen = self._step(self.kv, replace(chunk.given, adapters=self._pool.rows(chunk.adapters)), sampling)
-        chunk.goes()
-        found: list[tuple[Row, Pick]] = []
-        if chunk.done:
-            picked = picks(chosen, draws)
-            found = chunk.through([picked[self.kv_row(row)] for row in chunk.done])
+        if current.underway is None:
+            chosen = self._step(self.kv, given, sampling)
         else:
+            chosen = self._step.end(self.kv, given, sampling, current.underway)
+        self._turns = None
+        chunk.goes()
+        if not chunk.done:
             mx.eval(self.kv.stored)
-        # What a pass takes that has to be compiled first, none after it will.
-        if self._agreed(self._step.traced == traced):
-            pacer.note(sum(map(len, chunk.parts.values())), self._clock() - began, patience)
-        return found
+            return []
+        picked = picks(chosen, draws)
+        return chunk.through([picked[self.kv_row(row)] for row in chunk.done])
 
     def next(self, tokens: int) -> PromptChunk | None:
         """What goes along with a pass of rows that decode, of about so many tokens; None while a row's last ones are on

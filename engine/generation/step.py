@@ -1,8 +1,9 @@
 """One pass of a batch through the model, from tokens to tokens, and the keys and values it leaves.
 
 `Step` is one function for decoding and prefilling: tokens are (rows, 1) or (rows, many). `mx.compile` traces it once
-for every set of shapes, on CPUs in parts where the model has them (`engine.models.stretches`); so rows, tokens and KV
-lengths come in few sizes (`bucket`), and the traces are counted.
+for every set of shapes, where the model has parts (`engine.models.stretches`) one part for all that are alike: on CPUs
+of rows that decode, on GPUs of prompts; so rows, tokens and KV lengths come in few sizes (`bucket`), and the traces are
+counted.
 """
 
 from __future__ import annotations
@@ -64,11 +65,22 @@ class _Layers:
 
 @dataclass(frozen=True, eq=False)
 class _End:
-    """From hidden states to logits; `last` of each row, or `every` one."""
+    """From hidden states to logits, `last` of each row, or `every` one; and with `sampling` to tokens, which depend on
+    none that the host does not know."""
 
     hidden: mx.array
     last: mx.array | None
     every: bool = False
+    sampling: SamplingBatch | None = None
+
+
+@dataclass(eq=False)
+class Underway:
+    """A pass that goes through the layers a few stretches at a time. `hidden`: behind those that are `done`."""
+
+    mask: Mask
+    hidden: Hidden
+    done: int = 0
 
 
 _NOTHING: Stored = ([], [], [])
@@ -86,10 +98,10 @@ def usual() -> Compiled:
     return "decode" if fuses_on_cpu() else "none"
 
 
-#: Traces that are kept: one of 30 layers at once takes 4 MB, and a model in parts has two or three of a sixth for each
+#: Traces that are kept: one of 30 layers at once takes 4 MB, and a pass in parts has two or three of a sixth for each
 #: set of shapes. Those used longest ago go first. Where prompts and sampling are compiled too there are more shapes (40
-#: with adapters and four ways to sample), each takes longer to make, and a process has more memory.
-TRACES: dict[Compiled, int] = {"all": 64, "decode": 24, "none": 0}
+#: with adapters and four ways to sample), those of prompts in parts, and a process has more memory.
+TRACES: dict[Compiled, int] = {"all": 96, "decode": 24, "none": 0}
 
 
 class Step:
@@ -103,11 +115,16 @@ class Step:
         if model.kv_sizes.states and compiled == "all":
             # A recurrent layer sees every token that it is given, those of padding too: prompts are not padded then.
             compiled = "decode"
-        #: None where the whole pass is compiled as one: on a GPU each part would launch the arithmetic of positions
-        #: again, and a step of 24 layers took 1.02 to 1.5 times as long (H200).
-        self._stretches = model.stretches if compiled == "decode" else None
+        #: What is compiled in parts, if the model has them: decoding on CPUs, prompts on GPUs. There each part of a
+        #: decode step would launch the arithmetic of positions again: 24 layers took 1.02 to 1.5 times as long (H200).
+        self._stretches = None if compiled == "none" else model.stretches
         #: Whether decoding and prompts come in buckets.
         self.decode_buckets, self.prompt_buckets = compiled != "none", compiled == "all"
+        #: In how many parts a pass over prompts can go through the layers. Ranks that have layers each hand on between
+        #: them what they made: a pass of another kind in between would wait for it, and it for that.
+        self.parts = 1
+        if self._stretches is not None and compiled == "all" and model.kv_sizes.counted is None:
+            self.parts = len(self._stretches.parts)
         #: Whether a pass of rows that decode may take a chunk of prompts along: where neither is compiled for it. On a
         #: GPU each size of both would be compiled, and it took as long as two passes (H200).
         self.mixes = model.stretches is not None and not (self.prompt_buckets or model.kv_sizes.joint)
@@ -124,6 +141,21 @@ class Step:
         middle of a prompt.
         """
         kv.stored, chosen = self.whole(kv.stored, given, sampling)
+        return tuple(chosen)
+
+    def begin(self, kv: KeyValues, given: ForwardInput, parts: int, underway: Underway | None) -> Underway:
+        """Put prompts through so many of `self.parts`, fewer than are left. `underway`: what the parts before made;
+        None: these are the first."""
+        if underway is None:
+            underway = self._underway(given)
+        kv.stored = self._further(kv.stored, given, underway, parts)
+        return underway
+
+    def end(
+        self, kv: KeyValues, given: ForwardInput, sampling: SamplingBatch | None, underway: Underway
+    ) -> tuple[mx.array, ...]:
+        """The same as a call, of prompts that are under way."""
+        kv.stored, chosen = self._in_parts(kv.stored, given, sampling, underway)
         return tuple(chosen)
 
     def mixed(
@@ -152,10 +184,11 @@ class Step:
         every, decoding = self._compiled == "all", given.tokens.shape[1] == 1 and not given.exact
         if not every and not (self._compiled == "decode" and decoding):
             return self._pass(stored, _Pass(given, sampling))
+        prompts = not decoding and given.places is None
+        if self._stretches is not None and (prompts or not every):
+            return self._in_parts(stored, given, sampling, self._underway(given))
         if every:
             return self._traced(self._pass, stored, _Pass(given, sampling))
-        if self._stretches is not None:
-            return self._in_parts(stored, given, sampling)
         written, logits = self._traced(self._forward, stored, _Forward(given, sampling is not None))
         return written, _chosen(logits, given, sampling)
 
@@ -172,30 +205,41 @@ class Step:
         return view.written, self._logits(_End(hidden, given.last, given.every))
 
     def _in_parts(
-        self, stored: Stored, given: ForwardInput, sampling: SamplingBatch | None
+        self, stored: Stored, given: ForwardInput, sampling: SamplingBatch | None, underway: Underway
     ) -> tuple[Stored, list[mx.array]]:
-        """The pass, its parts compiled one by one."""
-        written, hidden = self._through(stored, given)
-        if sampling is None:
-            return self._behind(hidden, written), []
-        logits = self._traced(lambda _, end: self._logits(end), _NOTHING, _End(hidden, given.last))
-        return written, _chosen(logits, given, sampling)
-
-    def _through(self, stored: Stored, given: ForwardInput) -> tuple[Stored, mx.array]:
-        """The layers, a stretch at a time: what is stored after them, and hidden states behind the last norm."""
+        """The rest of a pass, its parts compiled one by one."""
         assert self._stretches is not None
-        begin, parts, end = self._stretches
+        stored = self._further(stored, given, underway, len(self._stretches.parts))
+        hidden = self._stretches.end(underway.hidden)
+        if given.tokens.shape[1] == 1:
+            hidden = hidden[:, None]
+        if sampling is None:
+            return self._behind(hidden, stored), []
+        end = _End(hidden, given.last, given.every)
+        if self._compiled == "all":
+            return stored, self._traced(self._chosen_of, _NOTHING, replace(end, sampling=sampling))
+        return stored, _chosen(self._traced(lambda _, end: self._logits(end), _NOTHING, end), given, sampling)
+
+    def _underway(self, given: ForwardInput) -> Underway:
+        """A pass in front of the first layer."""
+        assert self._stretches is not None
+        mask = None if given.places is not None else self._layers_view(_NOTHING, given).mask
+        hidden = self._stretches.begin(given.tokens)
+        return Underway(mask, without_tokens(hidden) if given.tokens.shape[1] == 1 else hidden)
+
+    def _further(self, stored: Stored, given: ForwardInput, underway: Underway, parts: int) -> Stored:
+        """Take a pass through so many stretches more, as far as there are any: what is stored then."""
+        assert self._stretches is not None
         joint, adapters = given.places is not None, given.adapters
-        mask = None if joint else self._layers_view(_NOTHING, given).mask
-        x, normed = without_tokens(begin(given.tokens))
-        written: Stored = [], [], []
-        for part in parts:
+        keys, values, states = map(list, stored)
+        for part in self._stretches.parts[underway.done : underway.done + parts]:
             own = given if adapters is None else replace(given, adapters=_adapters_of(part, adapters))
-            step = _Layers(own, mask, x, normed, part.weights, part.pattern.index)
-            made, (x, normed) = self._traced(self._layers, part.stored(stored, joint=joint), step)
-            for side, arrays in zip(written, made, strict=True):
-                side += arrays
-        return written, end((x, normed))[:, None]
+            step = _Layers(own, underway.mask, *underway.hidden, part.weights, part.pattern.index)
+            made, underway.hidden = self._traced(self._layers, part.stored(stored, joint=joint), step)
+            place = part.place(joint=joint)
+            keys[place], values[place] = made[:2]
+            underway.done += 1
+        return keys, values, states
 
     def _behind(self, hidden: mx.array, written: Stored) -> Stored:
         """What a pass stored whose logits nobody wants. Where ranks have layers each, all of them make the whole pass
@@ -212,6 +256,10 @@ class Step:
         view = self._view(stored, step.given, step.mask, pattern.first)
         hidden = pattern.forward((step.x, step.normed), step.weights, view, step.given.adapters)
         return view.written, hidden
+
+    def _chosen_of(self, _: Stored, end: _End) -> list[mx.array]:
+        assert end.sampling is not None
+        return list(choose(self._logits(end), end.sampling))
 
     def _logits(self, end: _End) -> mx.array:
         hidden, last = end.hidden, end.last

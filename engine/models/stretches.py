@@ -60,12 +60,16 @@ class Stretch:
         #: The names of all linear layers.
         self.linears = [linear.name for layer, _ in steps for linear in layer.linears]
 
-    def stored(self, stored: Stored, *, joint: bool) -> Stored:
-        """What is stored of these layers. `joint`: in one array."""
-        keys, values, _ = stored
+    def place(self, *, joint: bool) -> slice:
+        """Where the arrays of these layers are among those of all. `joint`: they share one."""
         first, count = (self.index, 1) if joint else (self.first, len(self._steps))
-        part = slice(first, first + count)
-        return keys[part], values[part], []
+        return slice(first, first + count)
+
+    def stored(self, stored: Stored, *, joint: bool) -> Stored:
+        """What is stored of these layers."""
+        keys, values, _ = stored
+        place = self.place(joint=joint)
+        return keys[place], values[place], []
 
     def forward(
         self, hidden: Hidden, weights: Sequence[mx.array], cache: Cache, adapters: LayerAdapters | None

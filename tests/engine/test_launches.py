@@ -54,11 +54,12 @@ def test_adapters_add_so_many(llama: Llama) -> None:
     assert walked(*a_step(llama, 32, adapters)) <= 380
 
 
-@pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 512, 298), (16, 64, 322)])
+@pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 512, 301), (16, 64, 325)])
 def test_prompts_launch_what_says_where_they_are_written_once_a_pass(
     llama: Llama, rows: int, tokens: int, most: int
 ) -> None:
-    """It was 344 for one prompt, whose places each layer computed for keys and for values, and 656 for 16."""
+    """It was 344 for one prompt, whose places each layer computed for keys and for values, and 656 for 16. Each part of
+    the layers computes them anew: compiled as one pass they are 298 and 322."""
     found = launches(*a_prompt(llama, rows, tokens))
     assert found.total() <= most, found
 

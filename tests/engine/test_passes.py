@@ -223,9 +223,9 @@ def test_prompts_that_have_no_slot_make_no_chunk_longer(
     asked: list[int] = []
     plain = LanePacer.chunk
 
-    def noting(pacer: LanePacer, priority: int, *, decoding: bool, prompts: int = 1) -> Chunk:
+    def noting(pacer: LanePacer, priority: int, *, prompts: int, **how: bool) -> Chunk:
         asked.append(prompts)
-        return plain(pacer, priority, decoding=decoding, prompts=prompts)
+        return plain(pacer, priority, prompts=prompts, **how)
 
     driver = apart(Driver(model, AdapterPool(model, AdapterStore(tmp_path)), slots=3))
     for number in range(2):
