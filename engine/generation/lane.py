@@ -18,7 +18,7 @@ from engine.generation.guess import Guess
 from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.generation.pacing import CHUNK, CHUNK_OF_LAUNCHES, Chunk, LanePacer
-from engine.generation.prefill import Prefill, PromptChunk, owner
+from engine.generation.prefill import Prefill, PromptChunk, Turns, owner
 from engine.generation.prompt import beginning_of, check_ids, check_memory, tokenize
 from engine.generation.prompts import Prompts
 from engine.generation.roster import Roster
@@ -81,8 +81,10 @@ class GenerateLane:
         self._reset(preempted=0)
 
     def _reset(self, preempted: int) -> None:
-        #: Whether the rows that decode let the last chunk of prompts go before them.
+        #: Whether the rows that decode let the last chunk of prompts go before them; and the turn that prompts had in
+        #: this step.
         self._let_go = False
+        self._turn: Turns | None = None
         self.batch = Batch(self._decoder, self._pool, self.step)
         kept = int(self.limits.kv_bytes * self.limits.prefix_share)
         shortest = SHORTEST_ON_CPU if on_cpu() else SHORTEST
@@ -250,7 +252,7 @@ class GenerateLane:
     def _step(self, output: StepOutput, lookahead: bool) -> None:
         # A pass that is under way began when the last step ended.
         began = self._ended if self.batch.in_flight else self._clock()
-        decoded, begun = Decoded(), self.batch.begun
+        decoded, begun, self._turn = Decoded(), self.batch.begun, None
         self.drafter.begin(self.batch.rows)
         self._pacer.begin({row.priority for row in self.held}, alone=lookahead, empty=not self.batch.rows)
         # Prompts and rows that decode take turns, unless one pass takes both.
@@ -276,6 +278,8 @@ class GenerateLane:
     def _note(self, seconds: float, rows: int, decoded: Decoded, *, alone: bool) -> None:
         """The step took `seconds`, with such a pass of so many rows; `alone`: with nothing else."""
         width, prompts = decoded
+        if self._turn is not None:
+            self._pacer.note_turn(self._turn, seconds)
         self._pacer.note(seconds, rows if alone and width == 1 and not prompts else None)
         if alone and prompts:
             self._pacer.note_mixed(seconds, prompts)
@@ -305,6 +309,7 @@ class GenerateLane:
             return False
         chunk = self._chunk(prefill.priority, long=prefill.long and self.step.parts > 1)
         self._seat(self._advanced(prefill, chunk), prefill, output)
+        self._turn = prefill.turns
         return True
 
     def _seat(self, through: Sequence[tuple[Row, Pick]], prefill: Prefill, output: StepOutput) -> None:

@@ -15,7 +15,7 @@ from statistics import median
 
 from engine.generation import prefill
 from engine.generation.grouping import PASS
-from engine.generation.prefill import FEW, PrefillPacer
+from engine.generation.prefill import FEW, PrefillPacer, Turns
 from engine.models.buckets import bucket
 from stoker.contract.requests import LOWEST_PRIORITY
 
@@ -137,6 +137,10 @@ class LanePacer:
         """A pass that took so many tokens of prompts along took `seconds`."""
         self._with_prompts += self._with_prompts < WITHOUT
         self._mixed.note(tokens, seconds - self._decoding)
+
+    def note_turn(self, turn: Turns, seconds: float) -> None:
+        """A step with a turn of prompts took `seconds`: the device is at it while the host goes on to what decodes."""
+        turn.took(max(0.0, seconds - self._decoding))
 
     def mixed_tokens(self, prompts: int) -> int:
         """How many tokens of prompts, of which so many wait or are under way, the next pass takes along; 0: none."""

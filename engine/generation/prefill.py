@@ -151,9 +151,9 @@ class PromptChunk:
 
 
 @dataclass(eq=False)
-class _Turns:
+class Turns:
     """A chunk whose pass takes several turns, of `wanted` seconds in all, as `pacer` chose it. `seconds`: what they
-    took until now; `known`: whether nothing was compiled meanwhile."""
+    took until now; `known`: whether nothing was compiled meanwhile; `over`: it is through."""
 
     chunk: PromptChunk
     pacer: PrefillPacer
@@ -161,14 +161,12 @@ class _Turns:
     underway: Underway | None = None
     seconds: float = 0.0
     known: bool = True
+    over: bool = False
 
-    def took(self, seconds: float, known: bool) -> None:
+    def took(self, seconds: float) -> None:
+        """A turn took so long."""
         self.seconds += seconds
-        self.known &= known
-
-    def note(self) -> None:
-        """The last turn is over."""
-        if self.known:
+        if self.over and self.known:
             # What a pass takes that has to be compiled first, none after it will.
             self.pacer.note(sum(map(len, self.chunk.parts.values())), self.seconds, self.wanted)
 
@@ -197,8 +195,8 @@ class Prefill:
         longest = max(row.length - row.cached for row in rows)
         #: Whether all of it is few tokens; and whether one prompt of it is many.
         self.short, self.long = len(rows) * longest <= SHORT, longest > WHOLE
-        #: A chunk whose pass is not through all layers.
-        self._turns: _Turns | None = None
+        #: The chunk that had the last turn, if its pass takes several: who measures the step says what the turn took.
+        self.turns: Turns | None = None
         for row in self.rows:
             row.state = RowState.PREFILLING
 
@@ -244,39 +242,53 @@ class Prefill:
         """One turn, of `patience` seconds at most: a pass over the next chunk, or one of so many `turns` that it takes
         through the layers. Rows that are through leave the group, with their first new token."""
         began, traced = self._clock(), self._step.traced
-        current = self._turns or self._begun(pacer, patience * turns)
+        current = self.turns
+        if current is None or current.over:
+            current = self._begun(pacer, patience * turns)
         found = self._turn(current, -(-self._step.parts // turns))
-        current.took(self._clock() - began, self._agreed(self._step.traced == traced))
-        if self._turns is None:
-            current.note()
+        current.known &= self._agreed(self._step.traced == traced)
+        self.turns = None if current.underway is None else current
+        if self.turns is None:
+            current.took(self._clock() - began)
         return found
 
-    def _begun(self, pacer: PrefillPacer, wanted: float) -> _Turns:
+    def _begun(self, pacer: PrefillPacer, wanted: float) -> Turns:
         waiting = self._waiting()
         chunk = self._chunk(waiting, self._share([len(tokens) for tokens in waiting.values()], pacer))
-        return _Turns(chunk, pacer, wanted)
+        return Turns(chunk, pacer, wanted)
 
-    def _turn(self, current: _Turns, parts: int) -> list[tuple[Row, Pick]]:
-        """Take a chunk through so many parts of the model more: what comes of it in the last turn."""
-        chunk, done = current.chunk, 0 if current.underway is None else current.underway.done
+    def _turn(self, current: Turns, parts: int) -> list[tuple[Row, Pick]]:
+        """Take a chunk through so many parts of the model more, and behind the last of them to its tokens."""
+        done, every = 0 if current.underway is None else current.underway.done, self._step.parts
         # Anew in each turn: an adapter that came meanwhile could not be put into stacks that are held.
-        given = replace(chunk.given, adapters=self._pool.rows(chunk.adapters))
-        if done + parts < self._step.parts:
-            self._turns, current.underway = current, self._step.begin(self.kv, given, parts, current.underway)
-            mx.eval(current.underway.hidden, self.kv.stored)
-            return []
+        given = replace(current.chunk.given, adapters=self._pool.rows(current.chunk.adapters))
+        if parts == every or done == every:
+            return self._rest(current, given)
+        current.underway = self._step.begin(self.kv, given, parts, current.underway)
+        # Nobody waits for it: what decodes next is launched meanwhile.
+        mx.async_eval(current.underway.hidden, self.kv.stored)  # type: ignore[no-untyped-call]
+        if current.underway.done == every and not current.chunk.done:
+            self._passed(current)
+        return []
+
+    def _rest(self, current: Turns, given: ForwardInput) -> list[tuple[Row, Pick]]:
+        """All that is left of a pass, and what it chose."""
+        chunk, underway = current.chunk, current.underway
         draws, sampling = self._sampling() if chunk.done else ([], None)
-        if current.underway is None:
+        if underway is None:
             chosen = self._step(self.kv, given, sampling)
         else:
-            chosen = self._step.end(self.kv, given, sampling, current.underway)
-        self._turns = None
-        chunk.goes()
+            chosen = self._step.end(self.kv, given, sampling, underway)
+        self._passed(current)
         if not chunk.done:
             mx.eval(self.kv.stored)
             return []
         picked = picks(chosen, draws)
         return chunk.through([picked[self.kv_row(row)] for row in chunk.done])
+
+    def _passed(self, current: Turns) -> None:
+        current.over = True
+        current.chunk.goes()
 
     def next(self, tokens: int) -> PromptChunk | None:
         """What goes along with a pass of rows that decode, of about so many tokens; None while a row's last ones are on

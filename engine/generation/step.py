@@ -144,7 +144,7 @@ class Step:
         return tuple(chosen)
 
     def begin(self, kv: KeyValues, given: ForwardInput, parts: int, underway: Underway | None) -> Underway:
-        """Put prompts through so many of `self.parts`, fewer than are left. `underway`: what the parts before made;
+        """Put prompts through so many of `self.parts`, as far as there are any. `underway`: what those before made;
         None: these are the first."""
         if underway is None:
             underway = self._underway(given)

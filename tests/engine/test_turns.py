@@ -3,7 +3,7 @@ apart."""
 
 from __future__ import annotations
 
-import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.forward_input import ForwardInput
 from engine.generation.pacing import TURNS, Chunk, LanePacer
-from engine.generation.prefill import WHOLE, Prefill, PrefillPacer
+from engine.generation.prefill import WHOLE, Prefill, PrefillPacer, Turns
 from engine.generation.row import Row
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
@@ -173,12 +173,12 @@ def test_a_stream_has_a_token_between_two_turns_of_a_long_prompt(
 ) -> None:
     stream = streaming(driver)
     long = driver.send(request(prompt(300), max_tokens=4))
-    while len(turns) < LAYERS:
+    while not long.tokens:
         taken, came = len(turns), len(stream.tokens)
         driver.step()
         assert len(turns) - taken <= 1
         assert len(stream.tokens) == came + 1 or long.tokens
-    assert [done for _, done in turns] == list(range(LAYERS))
+    assert [done for _, done in turns] == list(range(LAYERS + 1))
     driver.run()
     assert long.ids == apart(model, pool, prompt(300), 4)
     assert stream.ids == apart(model, pool, [9, 8, 7], 60)
@@ -192,7 +192,8 @@ def test_each_chunk_of_a_prompt_takes_its_turns(
     streaming(driver)
     long = driver.send(request(prompt(900), max_tokens=4))
     driver.run()
-    assert [done for _, done in turns] == 2 * list(range(LAYERS))
+    # Behind the last chunk's layers its token has a turn to itself.
+    assert [done for _, done in turns] == [*range(LAYERS), *range(LAYERS + 1)]
     assert long.ids == apart(model, pool, prompt(900), 4)
 
 
@@ -285,22 +286,49 @@ def test_the_tokens_of_a_chunk_are_found_by_what_all_its_turns_take(
 ) -> None:
     noted: list[tuple[int, float, float]] = []
     monkeypatch.setattr(PrefillPacer, "note", lambda _, *given: noted.append(given))
-    step, times = Step(model.decoder, "all"), itertools.count()
-
-    def clock() -> float:
-        """A second later at each look; in the first turn of the second run something is compiled."""
-        now = next(times)
-        step.traced += now == 2 * LAYERS + 1
-        return float(now)
-
+    step, pacer = Step(model.decoder, "all"), LanePacer(1.0)
+    pacer.note(2.0, 1)
     for known in (False, False, True):
         row = a_row(model, pool)
-        group = Prefill(model.decoder, pool, step, [row], PrefixCache(0), clock)
-        for _ in range(LAYERS):
+        group = Prefill(model.decoder, pool, step, [row], PrefixCache(0), time.perf_counter)
+        for turn in range(LAYERS + 1):
             assert not noted
             group.advance(PrefillPacer(512), 0.25, LAYERS)
+            assert group.turns is not None
+            if not known and turn == 1:
+                # As if it had been compiled in this turn.
+                group.turns.known = False
+            pacer.note_turn(group.turns, 2.5)
         # Nobody knows what a pass takes by one that was compiled meanwhile.
-        assert noted == ([(300, float(LAYERS), 0.25 * LAYERS)] if known else [])
+        assert noted == ([(300, (LAYERS + 1) * 0.5, 0.25 * LAYERS)] if known else [])
+
+
+def test_a_lane_says_what_a_turn_took(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its whole step, less what the rows that decode take."""
+    noted: list[bool] = []
+    plain = LanePacer.note_turn
+
+    def noting(pacer: LanePacer, turn: Turns, seconds: float) -> None:
+        noted.append(turn.over)
+        plain(pacer, turn, seconds)
+
+    monkeypatch.setattr(LanePacer, "note_turn", noting)
+    streaming(driver)
+    driver.send(request(prompt(300), max_tokens=4))
+    driver.run()
+    assert noted == [False] * LAYERS + [True]
+
+
+def test_a_turn_in_which_something_was_compiled_says_nothing(model: LoadedModel, pool: AdapterPool) -> None:
+    step = Step(model.decoder, "all")
+    found = []
+    for _ in range(2):
+        group = Prefill(model.decoder, pool, step, [a_row(model, pool)], PrefixCache(0), time.perf_counter)
+        for _ in range(LAYERS + 1):
+            group.advance(PrefillPacer(512), 0.25, LAYERS)
+            assert group.turns is not None
+            found.append(group.turns.known)
+    assert found == [False] * (LAYERS + 1) + [True] * (LAYERS + 1)
 
 
 def a_row(model: LoadedModel, pool: AdapterPool) -> Row:
