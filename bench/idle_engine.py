@@ -104,7 +104,7 @@ class IdleEngine:
             due, turn = due + 1 / RATE, turn + 1
             time.sleep(max(0.0, due - time.monotonic()))
             with self._lock:
-                running = [(ticket, work) for ticket, work in self._running.items() if turn % work.every == 0]
+                running = [one for one in self._running.items() if one[0].stopping or turn % one[1].every == 0]
             going = [(ticket, work) for ticket, work in running if not ticket.stopping]
             entries: list[Entry] = [
                 (ticket.job_id, token(work.index, work.last))

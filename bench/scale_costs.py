@@ -5,17 +5,18 @@ A broker of its own; what is asked of it takes turns. `bench/scale.py` computes 
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.idle_models import MODEL, token
 from bench.queue import Bench
-from bench.report import Row, parser, row, write
+from bench.report import Record, Row, parser, row
 from stoker import Client
 from stoker.broker import keys
 from stoker.broker.connection import connect
@@ -24,11 +25,15 @@ from workers.services.publishing import Publisher
 ROUNDS = 5
 #: Rows of a worker that decodes, and steps of a round at so many rows.
 ROWS, STEPS = (1, 32, 128), {1: 2000, 32: 200, 128: 60}
-SECONDS = 10.0
+SECONDS, QUIET = 10.0, 4.0
 #: Who follows each stream, in the round with readers: over a connection of its own, as the clients do.
 READERS = 2
 #: Jobs that are sent at once, the steps a second of the engine that makes them, and streams that run and wait.
-JOBS, SMALL_RATE, RUNNING = 200, 60.0, 64
+JOBS, SMALL_RATE, RUNNING = 200, 60.0, 256
+#: Workers that idle at once: one asks for less than what the broker does by itself, which is never twice the same.
+IDLE = 4
+#: Turns of what is measured for `SECONDS`, with it and without.
+TURNS = 3
 
 
 class Broker:
@@ -50,6 +55,20 @@ class Broker:
         before = self.used()
         action()
         return self.used() - before
+
+    def second(self) -> float:
+        """What it takes, once all that has begun or ended is quiet."""
+        time.sleep(QUIET)
+        return self.cost(lambda: time.sleep(SECONDS)) / SECONDS
+
+
+def added(without: Sequence[float], within: Sequence[float], many: int) -> list[float]:
+    """What each of `many` adds, by turns. Raises `ValueError` where that is lost in what the broker does otherwise: a
+    row would say that it takes nothing, or gives some back."""
+    found = [(more - less) / many for less, more in zip(without, within, strict=True)]
+    if min(found) <= 0:
+        raise ValueError(f"not said: without it {without} us, with {many} of it {within} us.")
+    return found
 
 
 @contextmanager
@@ -85,19 +104,18 @@ def publishing(bench: Bench, broker: Broker) -> list[Row]:
 
 def reading(bench: Bench, broker: Broker) -> list[Row]:
     """What a token costs more for each reader that it is sent to, and its bytes on the network and in memory."""
-    rows, more, sent, came, kept = 32, [], [], [], []
+    rows, without, within, sent, came, kept = 32, [], [], [], [], []
     with publisher(bench) as made, closing(connect(bench.settings)) as redis:
         for turn in range(ROUNDS):
             tokens = rows * STEPS[rows]
-            alone = broker.cost(partial(publish, made, f"a{turn}", rows))
+            without.append(broker.cost(partial(publish, made, f"a{turn}", rows)))
             subscriptions = [redis.pubsub() for _ in range(READERS * rows)]
             for number, subscription in enumerate(subscriptions):
                 subscription.subscribe(keys.channel(f"r{turn}-{number % rows}"))
                 subscription.get_message(timeout=5)
             before = broker.net()
-            heard = broker.cost(partial(publish, made, f"r{turn}", rows))
+            within.append(broker.cost(partial(publish, made, f"r{turn}", rows)))
             after = broker.net()
-            more.append((heard - alone) / (tokens * READERS))
             came.append((after[0] - before[0]) / tokens)
             sent.append((after[1] - before[1]) / (tokens * READERS))
             kept.append(redis.memory_usage(keys.stream(f"a{turn}-0"), samples=0) / STEPS[rows])
@@ -105,7 +123,7 @@ def reading(bench: Bench, broker: Broker) -> list[Row]:
                 subscription.close()
             broker.redis.flushall()
     return [
-        row("a token to one more reader", "us", more),
+        row("a token to one more reader", "us", added(without, within, tokens * READERS)),
         row("a token from its worker", "bytes", came),
         row("a token to a reader", "bytes", sent),
         row("a token that is kept", "bytes", kept),
@@ -114,38 +132,41 @@ def reading(bench: Bench, broker: Broker) -> list[Row]:
 
 def idling(bench: Bench, broker: Broker) -> list[Row]:
     """A second of a worker that has nothing to do: its lanes' questions, its presence, what it counts."""
-
-    def rest() -> None:
-        time.sleep(SECONDS)
-
-    nobody = broker.cost(rest) / SECONDS
-    with bench.worker():
-        rest()
-        samples = [broker.cost(rest) / SECONDS - nobody for _ in range(3)]
-    return [row("a second of an idle worker", "us", samples)]
+    without, within = [], []
+    for _ in range(TURNS):
+        without.append(broker.second())
+        with ExitStack() as workers:
+            for _ in range(IDLE):
+                workers.enter_context(bench.worker())
+            within.append(broker.second())
+    return [row("a second of an idle worker", "us", added(without, within, IDLE))]
 
 
 def jobs(bench: Bench, broker: Broker) -> list[Row]:
-    """A whole job of two tokens, with all that its client, Celery and its worker ask; and a second of a stream that
-    runs and makes nothing: its lease, and whether it was cancelled."""
+    """A whole job of two tokens, with all that its client, Celery and its worker ask."""
     samples = []
-    with Client(settings=bench.settings) as client:
-        with bench.worker(rate=SMALL_RATE):
-            for turn in range(ROUNDS + 1):
-                spent = broker.cost(lambda: batch(client)) / JOBS
-                samples += [spent] if turn else []
-        with bench.worker(generate_slots=RUNNING):
-            quiet = broker.cost(lambda: time.sleep(SECONDS)) / SECONDS
-            running = [client.generate("x", model=MODEL, max_tokens=100, top_k=1000) for _ in range(RUNNING)]
+    with Client(settings=bench.settings) as client, bench.worker(rate=SMALL_RATE):
+        for turn in range(ROUNDS + 1):
+            spent = broker.cost(lambda: batch(client)) / JOBS
+            samples += [spent] if turn else []
+    return [row("a job of two tokens, whole", "us", samples)]
+
+
+def running(bench: Bench, broker: Broker) -> list[Row]:
+    """A second of a stream that runs and makes nothing: its lease, and whether it was cancelled."""
+    without, within = [], []
+    with Client(settings=bench.settings) as client, bench.worker(generate_slots=RUNNING):
+        for _ in range(TURNS):
+            without.append(broker.second())
+            streams = [client.generate("x", model=MODEL, max_tokens=100, top_k=1000) for _ in range(RUNNING)]
             while any(not job.get("worker") for job in client.jobs().values()):
                 time.sleep(0.1)
-            busy = [broker.cost(lambda: time.sleep(SECONDS)) / SECONDS for _ in range(3)]
-            for job in running:
+            within.append(broker.second())
+            for job in streams:
                 job.cancel()
-    return [
-        row("a job of two tokens, whole", "us", samples),
-        row("a second of a running stream", "us", [(spent - quiet) / RUNNING for spent in busy]),
-    ]
+            while client.jobs():
+                time.sleep(0.1)
+    return [row("a second of a running stream", "us", added(without, within, RUNNING))]
 
 
 def batch(client: Client) -> None:
@@ -153,19 +174,20 @@ def batch(client: Client) -> None:
         job.result(60)
 
 
-def main() -> None:
+def main() -> int:
     options = parser(__doc__).parse_args()
+    record = Record("scale-costs", options.out)
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(Path(home))
         try:
             with closing(connect(bench.settings)) as redis:
                 broker = Broker(redis)
-                rows = [*publishing(bench, broker), *reading(bench, broker), *idling(bench, broker)]
-                rows += jobs(bench, broker)
+                for part in (publishing, reading, idling, jobs, running):
+                    record.part(part.__name__, partial(part, bench, broker))
         finally:
             bench.close()
-    write("scale-costs", rows, options.out)
+    return int(record.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

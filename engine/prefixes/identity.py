@@ -18,6 +18,8 @@ from engine.weights.gguf_parts import parts
 
 #: Which version of which adapter; None: the bare base.
 Adapter = tuple[str, int] | None
+#: Versions whose content is known at once, 3 MB; and places where one that was forgotten leaves a mark.
+MOST, PLACES = 4096, 1 << 18
 
 
 def model_identity(model: LoadedModel) -> str | None:
@@ -36,8 +38,10 @@ class Owners:
 
     def __init__(self, identity: str, model: str, store: AdapterStore) -> None:
         self._identity, self._model, self._store = identity, model, store
-        #: A version → the stamps of its files, and the digest of their content.
+        #: A version → the stamps of its files, and the digest of their content; the one that was used last comes last.
         self._known: dict[tuple[str, int], tuple[object, str]] = {}
+        #: By hash. Memory may still have of a forgotten version what other files made than it has now.
+        self._forgotten = bytearray(PLACES)
         self._lock = threading.Lock()
 
     @property
@@ -46,8 +50,8 @@ class Owners:
         return _digest(self._identity, None)
 
     def name(self, adapter: Adapter) -> str | None:
-        """64 hexadecimal digits; None for an adapter whose files are gone, or are no longer those that this process may
-        have in memory."""
+        """64 hexadecimal digits; None for an adapter whose files are gone, or are not certainly those that this process
+        may have in memory."""
         if adapter is None:
             return self.base
         if adapter[1] < 0:
@@ -64,11 +68,22 @@ class Owners:
         files = [folder / WEIGHTS_FILE, folder / CONFIG_FILE]
         stamps = [_stamp(file) for file in files]
         with self._lock:
-            if (name, version) not in self._known:
-                digest = _digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
-                self._known[name, version] = stamps, digest
-            before, digest = self._known[name, version]
+            known = self._known.pop((name, version), None)
+            if known is None:
+                if self._forgotten[hash((name, version)) % PLACES]:
+                    return None
+                known = stamps, _digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+            self._known[name, version] = known
+            self._forget_beyond(MOST)
+        before, digest = known
         return digest if before == stamps else None
+
+    def _forget_beyond(self, most: int) -> None:
+        """What was used longest ago, and is not on the disk for this process from now on."""
+        while len(self._known) > most:
+            oldest = next(iter(self._known))
+            del self._known[oldest]
+            self._forgotten[hash(oldest) % PLACES] = 1
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -33,7 +33,8 @@ PRESENCE_EVERY = 2.0
 PRESENCE_TTL = 10
 #: Seconds that a command waits for its worker, and that the answer waits for its client.
 COMMAND_TTL = 600
-#: Seconds that the messages for one worker alone are kept: after a fraction of one they are recalled.
+#: Seconds that the messages for one worker alone are kept: after a fraction of one they are recalled. Those that no
+#: other can run are not, and live as long as a job may wait.
 PLACED_TTL = 60
 #: Seconds for which a worker is known to have what a prompt begins with.
 BEGINNING_TTL = 600
@@ -75,7 +76,7 @@ KINDS = (
     Kind("job", rf"job:{_JOB}", PENDING_TTL, "hash"),
     Kind("open", rf"open:{_QUEUE}", PENDING_TTL, "zset"),
     Kind("backlog", rf"backlog:{_QUEUE}:[0-9]", PENDING_TTL, "zset"),
-    Kind("placed", rf"{_QUEUE}:placed:.+", PLACED_TTL, "list"),
+    Kind("placed", rf"{_QUEUE}:placed:.+", PENDING_TTL, "list"),
     Kind("beginning", r"beginning:[0-9a-f]{32}", BEGINNING_TTL, "set"),
     Kind("turns", rf"turns:{_QUEUE}", PENDING_TTL, "hash"),
     Kind("dispatched", rf"dispatched:{_QUEUE}", PENDING_TTL, "zset"),

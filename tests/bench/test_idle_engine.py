@@ -11,6 +11,8 @@ from bench.idle_engine import IdleEngine
 from bench.idle_models import ENCODER, MODEL
 from bench.queue import Bench
 from stoker import Client
+from stoker.client.requests import generate_request
+from stoker.errors import JobCancelled
 
 WORKERS = Path(__file__).parents[2] / "workers"
 #: What runs in every worker.
@@ -24,6 +26,16 @@ def test_the_idle_engine_has_what_a_worker_asks_of_one(name: str) -> None:
     asked = {word for word in asked if not (WORKERS.parent / "engine" / word).exists()} - {"engine"}
     assert asked
     assert {word for word in asked if not hasattr(IdleEngine(lambda _: None), word)} == set()
+
+
+def test_a_stream_of_the_idle_engine_that_is_cancelled_ends_before_its_next_entry() -> None:
+    """Which is a minute away here."""
+    engine = IdleEngine(lambda _: None)
+    engine.start()
+    ticket = engine.submit("job", generate_request(MODEL, "x", 0, {"max_tokens": 2, "top_k": 1200}))
+    ticket.cancel()
+    with pytest.raises(JobCancelled):
+        ticket.result(10)
 
 
 def test_the_idle_worker_ends_a_job_of_each_kind(tmp_path: Path) -> None:

@@ -33,7 +33,16 @@ from engine.text.tokenizer import Manners, Tokenizer
 from engine.ticket import Ticket
 from engine.warm import WarmModels
 from stoker.contract import ChatMessage, GenerateRequest, GenerateResult, StreamToken
-from stoker.errors import InvalidRequest, JobCancelled, ModelError, TextTooLong, UnknownAdapter, WorkerUnavailable
+from stoker.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    JobCancelled,
+    ModelError,
+    StokerError,
+    TextTooLong,
+    UnknownAdapter,
+    WorkerUnavailable,
+)
 from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.oracle import Oracle
@@ -658,6 +667,28 @@ def test_what_a_stop_string_held_back_is_given_out_at_the_end(model: LoadedModel
     driver.run()
     assert sent.result.text == whole == "".join(token.text for token in sent.tokens)
     assert sent.result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("why", [JobCancelled("cancelled"), DeadlineExceeded("late")], ids=["cancelled", "late"])
+def test_a_stream_that_is_stopped_has_every_token_and_nothing_of_what_may_become_a_stop_string(
+    model: LoadedModel, pool: AdapterPool, why: StokerError
+) -> None:
+    """What would have come next decides what that is, and never comes."""
+    driver = Driver(model, pool)
+    free = driver.send(request([3, 1, 4], max_tokens=12))
+    driver.run()
+    certain = tiny.text(free.ids[:2])
+    held = tiny.text(free.ids[:6]).removeprefix(certain)
+    sent = driver.send(request([3, 1, 4], max_tokens=12, stop=[f"{held} and no further"]))
+    while len(sent.tokens) < 4:
+        driver.step()
+    sent.ticket.cancel(why)
+    driver.step()
+    with pytest.raises(type(why)):
+        sent.ticket.result(0)
+    assert sent.ids == free.ids[: len(sent.ids)]
+    assert "".join(token.text for token in sent.tokens) == certain
+    driver.assert_empty()
 
 
 def test_a_stop_token_ends_and_an_end_token_may_be_ignored(tiny_llama: Llama, pool: AdapterPool) -> None:

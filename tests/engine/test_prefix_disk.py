@@ -255,6 +255,19 @@ def test_an_adapter_is_named_by_what_is_in_both_of_its_files(machine: Machine, m
     assert len(names) == 3, "two copies, and each with one file changed"
 
 
+def test_of_many_versions_those_used_longest_ago_are_forgotten_and_named_no_more(
+    machine: Machine, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.prefixes.identity.MOST", 2)
+    for version in (1, 2, 3):
+        AdapterPool(model, machine.store).save("one", tiny.adapter(model, 2, version), {}, version)
+    owners = Owners("weights", "tiny", machine.store)
+    first, _, again, third = (owners.name(("one", version)) for version in (1, 2, 1, 3))
+    assert owners.name(("one", 2)) is None, "its files may have become others since"
+    assert [owners.name(("one", version)) for version in (1, 3)] == [first, third]
+    assert first == again != third
+
+
 def test_adapters_of_equal_files_share_an_entry_on_disk_and_not_in_memory(machine: Machine, model: LoadedModel) -> None:
     for name in ("one", "two"):
         AdapterPool(model, machine.store).save(name, tiny.adapter(model, 2, 1), {})

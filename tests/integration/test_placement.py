@@ -8,11 +8,12 @@ import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stoker import Client, GenerateResult
-from stoker.broker import keys
+from stoker.broker import keys, ledger
 from stoker.errors import InvalidRequest
 from stoker.local.stack import Stack
 from stoker.monitor import metrics
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.integration
 
 #: Tokens whose text, as ids, is a block and a little more.
 LONG = BLOCK // 2
+QUEUE = keys.queue(endless.MODEL, "generate")
 #: Seconds: longer than any worker here needs to take a job.
 PATIENT = 4.0
 
@@ -86,7 +88,8 @@ def test_a_prompt_that_the_memory_of_one_worker_does_not_hold_runs_where_another
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 40_000}))
     with ExitStack() as leaving:
         for name, megabytes in (("small", 16), ("large", 32)):
-            settings = stack_settings(tmp_path / name, url=fragile.url, grace=1.0, models=(model,), kv_cache=megabytes)
+            own: dict[str, Any] = {"home": tmp_path / name, "kv_cache": megabytes, "generate_slots": 1}
+            settings = stack_settings(**own, url=fragile.url, grace=1.0, models=(model,))
             leaving.enter_context(Stack(settings, flower=False)).wait_until_warm()
         client = leaving.enter_context(patient_client(fragile.url, 60))
         small, large = sorted((presence.models[0].kv_tokens, presence.worker) for presence in client.workers())
@@ -98,6 +101,14 @@ def test_a_prompt_that_the_memory_of_one_worker_does_not_hold_runs_where_another
         wait_until(
             lambda: worker_of(prompt) == large[1] and passed_on(client) > 0, "the small one was asked first for one", 90
         )
+        busy = client.generate(prompt_ids=prompt, model=endless.MODEL, max_tokens=small[0] // 2)
+        next(busy.stream(timeout=60, cancel_on_close=False))
+        waiting = client.generate(prompt_ids=prompt, model=endless.MODEL, max_tokens=2)
+        placed = keys.placed(QUEUE, large[1])
+        wait_until(lambda: client.redis.llen(placed) == 1, "it waits for the large one, which has no room")
+        assert ledger.recover(client.redis, QUEUE, 0) == (), "and is not lost, however long that takes"
+        busy.cancel()
+        assert waiting.result(60).usage.worker == large[1]
         with pytest.raises(InvalidRequest, match=f"(holds|has most:) {large[0]} "):
             worker_of(prompt * 3)
 

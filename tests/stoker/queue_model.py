@@ -31,6 +31,8 @@ class Record:
     #: The token of its first owner, since it was passed on at least; and of the one that passed it on.
     began: str | None = None
     passed: str | None = None
+    #: The worker that alone can run it.
+    needs: str | None = None
     attempts: int = 0
     #: The workers that went silent with it.
     history: list[str] = field(default_factory=list)
@@ -74,6 +76,8 @@ class Queue:
     window: int
     now: float
     present: Callable[[str], bool]
+    #: Whether a worker takes jobs.
+    takes: Callable[[str], bool]
     policy: Policy = field(default_factory=Policy)
     ready: list[Message] = field(default_factory=list)
     held: dict[str, Message] = field(default_factory=dict)
@@ -276,21 +280,24 @@ class Queue:
         self.dispatch(job)
         return 1
 
-    def pass_on(self, job: str, token: str, worker: str) -> str:
+    def pass_on(self, job: str, token: str, worker: str, *, needed: bool) -> str:
         record = self.records.get(job)
         if record is not None and record.passed == token:
             return "passed"
         if record is None or record.token != token or not record.open:
             return "fenced"
-        if record.passed or job in self.marks:
+        if (record.passed and not needed) or job in self.marks:
             return "stays"
         record.sent += 1
         record.attempts -= 1
         record.began = None if record.began == token else record.began
         record.token = record.tag = record.worker = None
-        record.passed = token
-        self.placed.setdefault(worker, []).insert(0, Message(job, f"{job}#{record.sent}"))
-        self.keep(keys.placed(self.name, worker), keys.PLACED_TTL)
+        record.passed, record.needs = token, worker if needed else record.needs
+        key, standing = keys.placed(self.name, worker), self.placed.setdefault(worker, [])
+        until = self.until[key] if standing else 0.0
+        standing.insert(0, Message(job, f"{job}#{record.sent}"))
+        self.keep(key, keys.PENDING_TTL if needed else keys.PLACED_TTL)
+        self.until[key] = max(self.until[key], until)
         self.dispatch(job)
         return "passed"
 
@@ -356,8 +363,9 @@ class Queue:
             if record is None:
                 del self.dispatched[job]
                 self.open.pop(job, None)
-            elif job not in standing and self.is_lost(record):
+            elif job not in standing and self.is_lost(record) and not self.waits_for_one(job, record):
                 self.note_crash(record)
+                self.take_from_its_list(job, record)
                 record.token = record.tag = record.worker = None
                 del self.dispatched[job]
                 self.wait_again(job)
@@ -396,6 +404,17 @@ class Queue:
         if record.token is None or record.worker is None:
             return True
         return record.tag not in self.held and not self.present(record.worker)
+
+    def waits_for_one(self, job: str, record: Record) -> bool:
+        """Whether it stands in the list of the worker that alone can run it, and that takes jobs."""
+        if record.token is not None or record.needs is None or not self.takes(record.needs):
+            return False
+        return Message(job, f"{job}#{record.sent}") in self.placed.get(record.needs, [])
+
+    def take_from_its_list(self, job: str, record: Record) -> None:
+        message = Message(job, f"{job}#{record.sent}")
+        if record.token is None and record.needs and message in self.placed.get(record.needs, []):
+            self.placed[record.needs].remove(message)
 
     def dead_letter(self, job: str) -> int:
         record = self.records[job]

@@ -26,6 +26,8 @@ from stoker.settings import Settings
 from tests.conftest import wait_until
 
 QUEUE = keys.queue("toy", "generate")
+#: What the presence of a worker says that takes jobs of the queue.
+TAKES = '{"models": [{"model": "toy"}]}'
 
 
 def record(job_id: str = "job", client: str = "default", priority: int = 5, queue: str = QUEUE) -> dict[str, str]:
@@ -278,6 +280,18 @@ def test_a_job_stays_where_another_program_wrote_in_the_place_of_the_other_worke
     assert complete(redis, "one")
 
 
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_job_that_has_ended_or_is_to_end_is_passed_on_to_nobody(redis: Any, needed: bool) -> None:
+    submit(redis)
+    claim(redis, "one")
+    redis.set(keys.worker("worker-one"), TAKES, ex=keys.PRESENCE_TTL)
+    assert ledger.cancel(redis, "job", QUEUE) == "asked"
+    assert ledger.pass_on(redis, "job", QUEUE, "one", "other", needed=needed) == "stays"
+    assert complete(redis, "one")
+    assert ledger.pass_on(redis, "job", QUEUE, "one", "other", needed=needed) == "fenced"
+    assert not redis.exists(keys.placed(QUEUE, "other"))
+
+
 def test_a_job_that_came_back_and_runs_is_recalled_to_nobody(redis: Any) -> None:
     submit(redis)
     raw = redis.rpop(keys.ready(QUEUE))
@@ -300,6 +314,67 @@ def test_a_job_that_was_passed_on_is_passed_on_again_where_its_owner_cannot_run_
     assert redis.llen(keys.placed(QUEUE, "large")) == 1
     claimed = claim(redis, "three", "third")
     assert (claimed.state, claimed.resumed, claimed.attempt) == ("run", False, 1)
+
+
+@pytest.fixture
+def waits_for_large(redis: Any) -> str:
+    """The list where `job` waits for a worker that alone can run it."""
+    submit(redis)
+    assert take(redis) == "job"
+    redis.set(keys.worker("large"), TAKES, ex=keys.PRESENCE_TTL)
+    assert ledger.pass_on(redis, "job", QUEUE, "token-job", "large", needed=True) == "passed"
+    return keys.placed(QUEUE, "large")
+
+
+def test_a_job_that_one_worker_alone_can_run_waits_there_in_its_turn_however_long_that_is_busy(
+    redis: Any, waits_for_large: str
+) -> None:
+    messages = redis.lrange(waits_for_large, 0, -1)
+    for _ in range(3):
+        assert ledger.recover(redis, QUEUE, 0) == ()
+    assert redis.lrange(waits_for_large, 0, -1) == messages, "no other worker sends it there again"
+    assert not redis.exists(keys.ready(QUEUE))
+    assert_lifetimes(redis, {waits_for_large: keys.PENDING_TTL})
+    assert claim(redis, "large", json.loads(redis.rpop(waits_for_large))["properties"]["delivery_tag"]).state == "run"
+    redis.set(keys.worker("worker-large"), "{}", ex=keys.PRESENCE_TTL)
+    assert ledger.recover(redis, QUEUE, 0) == (), "its owner lives"
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "",
+        '{"models": [{"model": "other"}]}',
+        '{"models": [{"model": "toy"}], "stopping": true}',
+        '{"models": [7]}',
+        "x",
+    ],
+    ids=["dead", "has the model no more", "stops", "no presence", "no JSON"],
+)
+def test_a_job_whose_only_worker_takes_none_any_more_is_anyones_again(
+    redis: Any, waits_for_large: str, says: str
+) -> None:
+    redis.set(keys.worker("large"), says, ex=keys.PRESENCE_TTL) if says else redis.delete(keys.worker("large"))
+    assert ledger.recover(redis, QUEUE, 0) == ("job",)
+    assert not redis.exists(waits_for_large), "it stands nowhere else"
+    assert take(redis) == "job"
+
+
+def test_a_job_that_waits_for_one_worker_and_whose_message_is_gone_is_found(redis: Any, waits_for_large: str) -> None:
+    redis.delete(waits_for_large)
+    redis.set(waits_for_large, "another program's", ex=60)
+    assert ledger.recover(redis, QUEUE, 0) == ("job",)
+    assert take(redis) == "job"
+
+
+def test_a_job_that_is_recalled_soon_shortens_no_life_of_one_that_waits_in_the_same_list(
+    redis: Any, waits_for_large: str
+) -> None:
+    submit(redis, "other")
+    assert take(redis) == "other"
+    assert ledger.pass_on(redis, "other", QUEUE, "token-other", "large") == "passed"
+    assert_lifetimes(redis, {waits_for_large: keys.PENDING_TTL})
+    assert ledger.recover(redis, QUEUE, 0) == ("other",), "which any worker can run"
 
 
 def test_a_job_that_an_owner_crashed_with_before_counts_as_resumed_where_it_is_passed_on(redis: Any) -> None:

@@ -22,6 +22,8 @@ from tests.stoker.queue_model import Message, Queue, Record
 
 START = 1_800_000_000.0
 WORKERS = ("w0", "w1", "w2")
+#: What the presence of a worker says that takes jobs, and what those say that take none.
+TAKES, TAKES_NONE = '{"models": [{"model": "toy"}]}', ['{"models": [{"model": "toy"}], "stopping": true}', "{}"]
 #: Real seconds of a test that count in the broker's expiries and not in the model's.
 SLACK = 60.0
 DECISIONS = {"queue_limit": (12,), "client_limit": (4,), "crashes": (1, 2), "ageing": (100,)}
@@ -38,12 +40,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin(self, kind: str) -> None:
         self.redis.flushdb()
         self.heard()
-        self.alive = set(WORKERS)
+        self.alive, self.taking = set[str](), set[str]()
         for worker in WORKERS:
-            self.redis.set(keys.worker(worker), "{}", ex=keys.PRESENCE_TTL * 1000)
+            self.a_worker_starts(worker)
         give_time(self.redis, START)
         window = KINDS[kind].ready
-        self.model = Queue(keys.queue("toy", kind), window, START, self.alive.__contains__)
+        self.model = Queue(keys.queue("toy", kind), window, START, self.alive.__contains__, self.taking.__contains__)
         #: Jobs that were passed on, and to whom.
         self.passed: list[tuple[str, str]] = []
         #: Tokens that were given out: (job, token).
@@ -199,14 +201,14 @@ class LedgerMachine(RuleBasedStateMachine):
             self.bring_back(tag) if fate == "back" else self.lose_held(tag)
 
     @precondition(lambda self: self.claims)
-    @rule(pick=PICK, worker=st.sampled_from(WORKERS), acknowledged=st.booleans())
-    def pass_on(self, pick: int, worker: str, acknowledged: bool) -> None:
+    @rule(pick=PICK, worker=st.sampled_from(WORKERS), acknowledged=st.booleans(), needed=st.booleans())
+    def pass_on(self, pick: int, worker: str, acknowledged: bool, needed: bool) -> None:
         job, token = self.claims[-1 - pick % len(self.claims)]
         record = self.model.records.get(job)
         tag = record.tag if record is not None else None
-        expected = self.model.pass_on(job, token, worker)
-        reply = ledger.pass_on(self.redis, job, self.model.name, token, worker)
-        again = ledger.pass_on(self.redis, job, self.model.name, token, worker)
+        expected = self.model.pass_on(job, token, worker, needed=needed)
+        reply = ledger.pass_on(self.redis, job, self.model.name, token, worker, needed=needed)
+        again = ledger.pass_on(self.redis, job, self.model.name, token, worker, needed=needed)
         assert reply == again == expected, "an answer that was lost is given again"
         self.compare_placed(worker)
         if expected == "passed":
@@ -269,11 +271,21 @@ class LedgerMachine(RuleBasedStateMachine):
         worker = sorted(self.alive)[pick % len(self.alive)]
         self.redis.delete(keys.worker(worker))
         self.alive.discard(worker)
+        self.taking.discard(worker)
 
     @rule(worker=st.sampled_from(WORKERS))
     def a_worker_starts(self, worker: str) -> None:
-        self.redis.set(keys.worker(worker), "{}", ex=keys.PRESENCE_TTL * 1000)
+        self.redis.set(keys.worker(worker), TAKES, ex=keys.PRESENCE_TTL * 1000)
         self.alive.add(worker)
+        self.taking.add(worker)
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK, says=st.sampled_from(TAKES_NONE))
+    def a_worker_takes_no_more(self, pick: int, says: str) -> None:
+        """It stops, or its model was unloaded."""
+        worker = sorted(self.alive)[pick % len(self.alive)]
+        self.redis.set(keys.worker(worker), says, ex=keys.PRESENCE_TTL * 1000)
+        self.taking.discard(worker)
 
     # What passes by itself
 
@@ -283,6 +295,8 @@ class LedgerMachine(RuleBasedStateMachine):
         found = ledger.recover(self.redis, self.model.name, older_than)
         assert list(found) == expected
         self.compare_ready_lists()
+        for worker in WORKERS:
+            self.compare_placed(worker)
 
     @rule(seconds=st.sampled_from([0.5, 20.0, 150.0, 299.5, 300.0, 1200.0]))
     def time_passes(self, seconds: float) -> None:
@@ -383,6 +397,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for worker in sorted(self.alive):
             self.redis.delete(keys.worker(worker))
         self.alive.clear()
+        self.taking.clear()
         for tag in sorted(self.model.held):
             self.bring_back(tag)
         policy.decide(self.redis, "crashes", 1000)
@@ -422,7 +437,7 @@ def compare_record(record: Record, found: dict[str, str]) -> None:
         record.turn,
     )
     assert (int(found["sent"]), int(found.get("attempts", 0))) == (record.sent, record.attempts)
-    assert (found.get("began"), found.get("passed")) == (record.began, record.passed)
+    assert [found.get(name) for name in ("began", "passed", "needs")] == [record.began, record.passed, record.needs]
     assert ("request" in found, "message" in found, found.get("ended")) == (
         (True, True, None) if record.open else (False, False, "1")
     )

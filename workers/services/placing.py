@@ -6,7 +6,7 @@ runs it. So a job waits a fraction of a second at most, once, and a worker that 
 (delay scheduling, Zaharia et al., EuroSys 2010).
 
 A prompt that is too long for this worker's memory of keys and values is passed on to a worker that says it has room for
-it, and waits there until that one takes it; `recover` finds it where that one dies.
+it, and waits there, in its turn, until that one takes it; `recover` finds it where that one takes none any more.
 
 Who has what is written into the broker when a job is done, and forgotten after a while. It is a hint: where it is
 wrong, a prompt is prefilled that need not be.

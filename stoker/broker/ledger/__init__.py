@@ -124,8 +124,8 @@ def release(redis: Any, job_id: str, queue: str, token: str) -> bool:
 
 def pass_on(redis: Any, job_id: str, queue: str, token: str, worker: str, *, needed: bool = False) -> Passing:
     """Let `worker` alone take the job, until it is recalled. Each job is passed on once at most, except where that is
-    `needed`, because its owner cannot run it."""
-    arguments, extra = (token, keys.PLACED_TTL, int(needed)), (keys.placed(queue, worker),)
+    `needed`, because its owner cannot run it: such a job waits while that worker takes jobs of its model."""
+    arguments, extra = (token, keys.PLACED_TTL, worker if needed else ""), (keys.placed(queue, worker),)
     return _call(TRANSITIONS.pass_on, Passing.parse, job_id, queue, *arguments, extra=extra).on(redis)
 
 
@@ -166,8 +166,9 @@ def refuse(redis: Any, job_id: str, queue: str, ending: Ending) -> bool:
 
 
 def recover(redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
-    """Let jobs wait again that were dispatched `older_than` seconds ago and have neither living owner nor message. One
-    look takes `LOOKED_AT` jobs, because nobody else is served meanwhile; the next one goes on behind those that run."""
+    """Let jobs wait again that were dispatched `older_than` seconds ago and have neither living owner nor message, nor
+    wait for the one worker that can run them. One look takes `LOOKED_AT` jobs, because nobody else is served meanwhile;
+    the next one goes on behind those that run."""
     arguments = (older_than, keys.worker(""), LOOKED_AT)
     return _call(TRANSITIONS.recover, recovered, "", queue, *arguments, extra=(keys.UNACKED,)).on(redis)
 

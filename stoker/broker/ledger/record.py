@@ -57,6 +57,8 @@ class Field(StrEnum):
     ATTEMPTS = "attempts"
     #: The token of the owner that passed it on to another worker.
     PASSED = "passed"
+    #: The worker that alone could run it when it was passed on last because its owner could not.
+    NEEDS = "needs"
     #: The token of the owner that ended it, and of the one that made a dead letter of it.
     COMPLETED = "completed"
     LETTERED = "lettered"

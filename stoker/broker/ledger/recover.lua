@@ -16,6 +16,30 @@ local function lost(token, tag, worker)
   return redis.call('HEXISTS', KEYS[21], tag or '') == 0 and redis.call('EXISTS', ARGV[7] .. (worker or '')) == 0
 end
 
+-- A worker that stops, or no longer has the model, takes no job of it.
+local function takes(worker, model)
+  local said = decoded(redis.pcall('GET', ARGV[7] .. worker))
+  if said['stopping'] == true or type(said['models']) ~= 'table' then return false end
+  for _, card in ipairs(said['models']) do
+    if type(card) == 'table' and card['model'] == model then return true end
+  end
+  return false
+end
+
+local function placed(worker) return ready .. ':placed:' .. worker end
+
+-- The messages that wait for a worker, while it takes any. Such a job is not lost, however long the worker is busy: no
+-- other can run it, and would only send it back.
+local waiting_for = {}
+local function waits_for(worker, model, message)
+  if not waiting_for[worker] then
+    waiting_for[worker] = {}
+    local messages = takes(worker, model) and redis.pcall('LRANGE', placed(worker), 0, -1) or {}
+    for _, found in ipairs(messages) do waiting_for[worker][found] = true end
+  end
+  return waiting_for[worker][message]
+end
+
 -- Each open job has a record, and waits or is dispatched: where the numbers agree, and the oldest few have their records,
 -- the oldest need no look each.
 local function all_in_order(oldest)
@@ -60,8 +84,10 @@ for _, of in ipairs(oldest) do
     redis.call('ZREM', dispatched, of)
     spoil(of)
   elseif not standing[of] then
-    local owner = redis.call('HMGET', key, 'tag', 'worker', 'history', 'trouble')
-    if lost(waits.owned, owner[1], owner[2]) then
+    local owner = redis.call('HMGET', key, 'tag', 'worker', 'history', 'trouble', 'needs', 'model')
+    local needs = not waits.owned and owner[5]
+    if not (needs and waits_for(needs, owner[6], waits.message)) and lost(waits.owned, owner[1], owner[2]) then
+      if needs then redis.pcall('LREM', placed(needs), 0, waits.message) end
       if waits.owned then
         note_crash(key, owner[2], decoded(owner[3]), owner[4])
         redis.call('HDEL', key, 'token', 'tag', 'worker')
