@@ -164,7 +164,7 @@ class Turns:
     over: bool = False
 
     def took(self, seconds: float) -> None:
-        """A turn took so long."""
+        """A turn took this many seconds."""
         self.seconds += seconds
         if self.over and self.known:
             # What a pass takes that has to be compiled first, none after it will.
