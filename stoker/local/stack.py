@@ -261,8 +261,8 @@ def wait_for_broker(settings: Settings, report: Callable[[str], None]) -> None:
         client.close()
 
 
-def _require_workers() -> None:
-    """Raises `ConfigError` where workers are not to be had."""
+def require_workers() -> None:
+    """Raises `ConfigError` for an installation that has no worker."""
     if importlib.util.find_spec("workers") is None or importlib.util.find_spec("mlx") is None:
         raise ConfigError(
             "this installation has the client alone. Workers run from a checkout: clone Stoker, then `make venv`; "
@@ -272,13 +272,13 @@ def _require_workers() -> None:
 
 def rank_command() -> list[str]:
     """A rank of a group behind its first one. Raises `ConfigError`."""
-    _require_workers()
+    require_workers()
     return [sys.executable, "-m", "workers.rank"]
 
 
 def celery_command(command: str) -> list[str]:
     """How to run one of Celery's commands on the worker's app; raises `ConfigError` where the app is not to be had."""
-    _require_workers()
+    require_workers()
     # Flower takes the arguments of Celery's own module for its own.
     module = "workers" if command == "worker" else "celery"
     # Quiet: without the banner, which shows of a broker's URL what its readers take for a user.
