@@ -25,11 +25,12 @@ from stoker.contract.presence import ModelState
 from stoker.errors import InvalidRequest, ModelError, StokerError, WorkerUnavailable, from_wire
 from stoker.settings import Settings
 from workers.deliveries import Deliveries, Health
+from workers.others import others
 from workers.residents import MEGABYTE, NoRoom, Origin, Residents
 from workers.services import keeper as keeping
 from workers.services.demand import NO_ROOM_FOR, REFUSED_FOR
 from workers.services.managing import model_management
-from workers.services.orphans import Orphans, has_home, others
+from workers.services.orphans import Orphans, has_home
 from workers.services.presence import Heart
 
 KINDS = (GENERATE.name, TRAIN.name, ADAPTERS.name)
@@ -949,7 +950,7 @@ def test_a_worker_that_holds_loads_or_may_load_a_model_is_its_home(says: dict[st
 
 def test_a_worker_is_not_among_the_others(make: Callable[..., Worker], worker: Worker) -> None:
     make(name="other@here/1")
-    assert [other.worker for other in others(worker.runtime)] == ["other@here/1"]
+    assert [other.worker for other in others(worker.runtime.redis, worker.runtime.name)] == ["other@here/1"]
 
 
 def test_jobs_of_a_model_that_is_marked_as_gone_and_warm_here_wait(worker: Worker) -> None:
