@@ -413,7 +413,7 @@ class View:
     `exact`: one row, of which this pass fills every position that is read: attention is causal and needs no mask then.
     `mask`: what another view of the pass made. `first`: the layer that `kv` begins with. `sizes`: the
     model's, by which keys and values are packed. Each token's are when they are written, and what is read is what was
-    packed, of this pass too: a token sees the same of the others, in whichever passes they came.
+    packed, of this pass too: a token sees the same of the others, however they are split into passes.
     """
 
     def __init__(

@@ -192,7 +192,7 @@ class Encoder:
     """A model of kind "embed": tokens to hidden states."""
 
     args: EmbedderArgs
-    #: Token types of which one is added to every token; a model without any takes a text of whichever type.
+    #: Token types of which one is added to every token; a model without any takes a text of any type.
     typed = True
 
     def token_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:

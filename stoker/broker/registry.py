@@ -255,8 +255,8 @@ class Owner:
     token: str
 
 
-#: Nobody has to own anything.
-ANYBODY = Owner("", "")
+#: No job has to be owned.
+NO_OWNER = Owner("", "")
 
 
 def register(
@@ -267,7 +267,7 @@ def register(
     known: Mapping[str, Any],
     *,
     promote: bool,
-    owner: Owner = ANYBODY,
+    owner: Owner = NO_OWNER,
 ) -> Any:
     """Say that a version is there, and let it serve. Saying it again changes nothing. 0 for an owner that was
     fenced."""
@@ -280,7 +280,7 @@ def restore(redis: Any, key: str, fields: Mapping[bytes, bytes]) -> Any:
     return redis.eval(RESTORE, 1, key, *(part for item in fields.items() for part in item))
 
 
-def keep(redis: Any, model: str, name: str, version: int, data: bytes, owner: Owner = ANYBODY) -> bool:
+def keep(redis: Any, model: str, name: str, version: int, data: bytes, owner: Owner = NO_OWNER) -> bool:
     """Keep the files of a version in the broker. False for an owner that was fenced."""
     names = keys.artifact(model, name, version), keys.job(owner.job_id)
     return bool(redis.eval(KEEP, 2, *names, data, owner.token))

@@ -21,7 +21,7 @@ from stoker.client.in_memory.answers import generated
 from stoker.contract import Usage
 from stoker.errors import StokerError
 from stoker.gateway import command, events
-from stoker.gateway.access import Anybody
+from stoker.gateway.access import AnyCaller
 from stoker.gateway.app import Gateway
 from stoker.gateway.calls import Caller
 from stoker.gateway.errors import TABLE, Names
@@ -100,8 +100,8 @@ def test_a_client_that_leaves_while_it_waits_for_the_whole_cancels_its_job_unles
     assert status(fake) is ends
 
 
-class Counting(Anybody):
-    """Lets anybody in, and keeps what each answer took."""
+class Counting(AnyCaller):
+    """Lets every client in, and keeps what each answer took."""
 
     def __init__(self) -> None:
         self.spent: list[int] = []
