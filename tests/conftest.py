@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,13 @@ def broker(broker_settings: Settings) -> Iterator[Settings]:
     left = overlong_keys(client)
     client.close()
     assert not left, f"keys that live too long: {left}"
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    """A client of `broker`."""
+    with closing(connect(broker)) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import keys, ledger
-from stoker.broker.connection import connect
 from stoker.client.model_choice import parse_cards
 from stoker.client.submission import job_record
 from stoker.contract import GenerateRequest, ModelCard, Presence, TrainRequest, encode
@@ -155,13 +154,6 @@ class Worker:
     def states(self) -> dict[str, str]:
         raw = self.redis.get(keys.worker(self.runtime.name))
         return {state.model: state.state for state in Presence.model_validate_json(raw).states}
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 @pytest.fixture(autouse=True)
