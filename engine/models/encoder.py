@@ -283,7 +283,7 @@ def unseen(mask: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def addend_of(group: Group, dtype: mx.Dtype, bias: mx.array | None) -> mx.array | None:
-    """What is added to the scores of a group, of which `bias` is that by the places of query and key."""
+    """What is added to the scores of a group, of which `bias` is that by the positions of query and key."""
     if group.mask is None:
         return bias
     hidden = unseen(group.mask[:, None, None, :], dtype)
