@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -39,11 +38,6 @@ from tests.gateway.machinery import Served
 from tests.gateway.test_keys import made
 
 URL: Final = "/v1/chat/completions"
-
-
-@pytest.fixture
-def settings(broker: Settings, tmp_path: Path) -> Settings:
-    return broker.model_copy(update={"home": tmp_path / "home"})
 
 
 @pytest.fixture

@@ -35,11 +35,6 @@ ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 LINES = b'{"custom_id": "a"}\n'
 
 
-@pytest.fixture
-def settings(broker: Settings, tmp_path: Path) -> Settings:
-    return broker.model_copy(update={"home": tmp_path / "home"})
-
-
 @contextmanager
 def serving(running: Served, settings: Settings) -> Iterator[openai.OpenAI]:
     """A gateway with nothing in memory; OpenAI's client of it."""

@@ -39,12 +39,6 @@ def status(fake: AsyncFakeClient, number: int = 0) -> JobStatus:
     return fake._memory.job(fake.sent.jobs[number].job_id).status  # noqa: SLF001  asked from another thread
 
 
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=served.url, timeout=20) as client:
-        yield client
-
-
 def lines(response: httpx2.Response, most: int) -> list[str]:
     """The first data of a stream."""
     found: list[str] = []
