@@ -123,7 +123,7 @@ def assert_idle(redis: Any) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that is dead but not yet reaped does not."""
+    """Whether a process runs; one that is dead and not yet reaped does not."""
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat")

@@ -27,7 +27,7 @@ from kernels.attend import AttendAdapters
 
 #: Positions of its own that a row has at least; and those that are nobody's.
 SMALLEST, PADDING = FEWEST, 1
-#: Layers of one array. More make fewer launches; but while an array grows, it is there twice.
+#: Layers of one array. More make fewer launches, and each array is there twice while it grows.
 LAYERS_TOGETHER = 6
 
 

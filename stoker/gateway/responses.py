@@ -35,7 +35,7 @@ class ResponsesBody(GenerateBody):
         "conversation": _STORED,
         "image": "models here write texts alone; leave it out",
         "include": "leave it out",
-        "max_tool_calls": "there are no tools but functions, which the client calls; leave it out",
+        "max_tool_calls": "functions, which the client calls, are the only tools; leave it out",
         "metadata": "nothing is stored that it could be found by; leave it out",
         "moderation": "leave it out",
         "previous_response_id": _STORED,

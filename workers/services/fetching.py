@@ -29,7 +29,7 @@ def fetch(runtime: Runtime, model: str, name: str, version: int) -> None:
     data = Artifacts(runtime.settings, runtime.redis).get(model, name, version)
     if data is None:
         raise UnknownAdapter(
-            f"adapter '{name}@{version}' given; it is registered, but no store that this worker reaches has its files."
+            f"adapter '{name}@{version}' given; it is registered, and no store that this worker reaches has its files."
         )
     free_number(runtime, model, name, version, maker)
     store.install(model, name, lambda draft: write_files(draft, data, f"{name}@{version}"), version)
