@@ -68,12 +68,13 @@ JobData: TypeAlias = Published | TrainInput | AdapterInput
 #: Hears of each step, in the engine's thread: the lane's model and kind, the seconds that it took, what it made.
 Observe: TypeAlias = Callable[[str, str, float, StepOutput], None]
 
-
 _END = object()
 
 
 @dataclass(frozen=True)
 class _Prepared:
+    """What a lane has made of a job, on its way into the engine's thread."""
+
     model: str
     lane: AnyLane
     ticket: Ticket[Any]
@@ -128,7 +129,7 @@ class Engine:
         self._warm = WarmModels(self.store, runs, limits, adapter_bytes, train_share, self._prefixes, group, sharing)
         self._group, self._sharing = group, sharing
         self._way = MakingWay(neighbours, train_share)
-        self._sparing, self._loads = Sparing(), OwnThread("loading")
+        self._sparing, self._loader = Sparing(), OwnThread("loading")
         self._ready = threading.Event()
         self._stopping = False
         self._failure: BaseException | None = None
@@ -155,7 +156,7 @@ class Engine:
         self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout)
-        self._loads.end(timeout)
+        self._loader.end(timeout)
         self._prefixes.end(timeout)
 
     @overload
@@ -244,7 +245,7 @@ class Engine:
         a time, between the steps of the others. Running streams are spared (`engine.sparing`).
         """
         with self._sparing.loading():
-            model = self._loads.run(lambda: self._read(name, sources))
+            model = self._loader.run(lambda: self._read(name, sources))
             warming = self._warm.hold(model)
             self._sparing.pause()
             while self._run_errand(lambda: _goes_on(warming)):
@@ -252,6 +253,7 @@ class Engine:
         return model
 
     def _read(self, name: str, sources: Sequence[str]) -> LoadedModel:
+        """A model whose kernels are compiled. In the loader's thread."""
         try:
             model = self._loaded(name, sources, self._sparing.pause)
         finally:
@@ -263,7 +265,7 @@ class Engine:
     def _loaded(
         self, name: str, sources: Sequence[str], pause: Pause = no_pause, shard: Shard | None = None
     ) -> LoadedModel:
-        """With what drafts for it."""
+        """The model, and with it what drafts for it."""
         model, draft = load(name, sources, pause, shard, **self._precision), self._drafts.get(name)
         return model if draft is None else with_draft(model, draft, pause, **self._precision)
 
@@ -386,7 +388,7 @@ class Engine:
 
     def _main(self) -> None:
         try:
-            self._load()
+            self._load_all()
         except BaseException as error:
             self._failure = error
             return
@@ -406,7 +408,8 @@ class Engine:
             self._group.close()
             leave()
 
-    def _load(self) -> None:
+    def _load_all(self) -> None:
+        """The models that the engine starts with, in its thread."""
         self._group.join()
         if self.ranks > 1:
             self._load_together()
@@ -483,14 +486,15 @@ class Engine:
             self._take(self._inbox.get())
 
     def _take(self, item: _Prepared | Errand[Any] | None) -> None:
+        """What came into the inbox; None only wakes the loop."""
         if isinstance(item, Errand):
             self.step_began = time.monotonic()
             item.run()
             self.step_began = None
         elif item is not None:
-            self._take_in(item)
+            self._hand_to_lane(item)
 
-    def _take_in(self, prepared: _Prepared) -> None:
+    def _hand_to_lane(self, prepared: _Prepared) -> None:
         if not self._warm.holds(prepared.lane):
             # It was let go of between `submit` and now.
             prepared.ticket.fail(_unloaded(prepared.model))
@@ -521,6 +525,7 @@ class Engine:
             self.step_began = None
 
     def _fail_everything(self) -> None:
+        """End what waits in the inbox, and every job of every lane."""
         while not self._inbox.empty():
             item = self._inbox.get()
             if isinstance(item, Errand):

@@ -21,7 +21,7 @@ from typing import TypeAlias
 #: Called between two pieces of a load: returns when the next one may begin.
 Pause: TypeAlias = Callable[[], None]
 
-#: A late step takes more than so many times what all but one in a hundred take.
+#: A late step takes more than so many times what all except one in a hundred take.
 LATE = 2.0
 #: Steps that streams have behind a late one before the next piece begins.
 EVERY = 150
@@ -125,5 +125,5 @@ class Sparing:
 
 
 def _longest(seconds: Collection[float]) -> float:
-    """What all but one in a hundred take; 0 where nothing is known."""
+    """What all except one in a hundred take; 0 where nothing is known."""
     return sorted(seconds)[len(seconds) * 99 // 100] if seconds else 0.0

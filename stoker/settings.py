@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     step_limit: float = Field(default=300.0, ge=0, le=24 * 3600)
     #: Seconds for which a client bears a broker that does not answer before it gives up.
     patience: float = Field(default=30.0, ge=0, le=3600)
-    #: Who sends: clients of one lane share it fairly, and each has a limit of its own (`stoker policy`).
+    #: Who sends: clients of one queue share it fairly, and each has a limit of its own (`stoker jobs policy`).
     client_key: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] = "default"
     #: Seconds that a client waits until a full queue accepts its job. 0: it gets `QueueFull` at once.
     queue_wait: float = Field(default=0.0, ge=0, le=24 * 3600)

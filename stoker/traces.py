@@ -95,7 +95,7 @@ def waiting(job_id: str, sent: Trace) -> Iterator[None]:
 
 
 def _api() -> Any:
-    """OpenTelemetry's, if anybody here traces: the API alone, which other libraries import too, records nothing, and
+    """OpenTelemetry's, if this process traces: the API alone, which other libraries import too, records nothing, and
     its spans would take a tenth of a small job's time. A span of the caller's is carried on in any case."""
     api: Any = sys.modules.get("opentelemetry.trace")
     if api is None or not isinstance(api.get_tracer_provider(), api.ProxyTracerProvider):

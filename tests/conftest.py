@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def assert_idle(redis: Any) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that is dead but not yet reaped does not."""
+    """Whether a process runs; one that is dead and not yet reaped does not."""
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat")
@@ -159,6 +159,13 @@ def broker(broker_settings: Settings) -> Iterator[Settings]:
     left = overlong_keys(client)
     client.close()
     assert not left, f"keys that live too long: {left}"
+
+
+@pytest.fixture
+def redis(broker: Settings) -> Iterator[Any]:
+    """A client of `broker`."""
+    with closing(connect(broker)) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def fill(url: str) -> None:
         for number in range(KEYS):
             pipeline.set(f"stoker:blob:vectors:{number}", value(number), ex=3600)
         pipeline.execute()
-        # As a snapshot: of an append-only file a broker reads a thousand commands before it answers anybody.
+        # As a snapshot: of an append-only file a broker reads a thousand commands before it answers at all.
         client.bgrewriteaof()
         wait_until(lambda: rewritten(client.info("persistence")), "the append-only file is rewritten")
 

@@ -21,7 +21,7 @@ from stoker.files.durable import remove_folder
 from workers import clock, uploads
 from workers.artifacts import Artifacts
 from workers.job import Job
-from workers.services.fetching import fetch, make_way, write_files
+from workers.services.fetching import fetch, free_number, write_files
 from workers.services.runtime import Fenced
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def allocate(job: Job, model: str, name: str) -> int:
     given = ledger.allocate(redis, model, name, job.id, newest + 1)
     number = _number(given)
     # An owner on another disk may have chosen it.
-    make_way(job.runtime, model, name, number, job.id)
+    free_number(job.runtime, model, name, number, job.id)
     return number
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from stoker.broker import keys, registry
 from stoker.broker.ledger import record
-from stoker.broker.registry import ANYBODY, Owner
+from stoker.broker.registry import NO_OWNER, Owner
 from stoker.contract.names import Rule, checked, follows
 from stoker.errors import JobFailed
 from stoker.files.durable import flush, make_folders, write_whole
@@ -43,12 +43,12 @@ class Artifacts:
         if self._url is not None:
             self.root()
 
-    def put(self, model: str, name: str, version: int, data: bytes, owner: Owner = ANYBODY) -> bool:
+    def put(self, model: str, name: str, version: int, data: bytes, owner: Owner = NO_OWNER) -> bool:
         """Keep a version; one that is there already is the same. False for an owner that was fenced. Raises
         `StoreTrouble`."""
         if self._url is None:
             return registry.keep(self._redis, model, name, version, data, owner)
-        if owner is not ANYBODY and record.owner(owner.job_id).on(self._redis) != owner.token:
+        if owner is not NO_OWNER and record.owner(owner.job_id).on(self._redis) != owner.token:
             return False
         with self.reported_as(StoreTrouble):
             fs, path = self._location(model, name, version)

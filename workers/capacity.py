@@ -9,14 +9,26 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from stoker.broker import keys
+from stoker.contract import ModelCard
+from stoker.contract.kinds import KINDS
 from stoker.errors import WorkerUnavailable
 
 #: Seconds after which a lane that was shrunk for want of memory tries to hold twice as many.
 GROW_AFTER = 60.0
 SHRINK_AFTER = 2.0
+
+
+def queues_of(cards: Iterable[ModelCard]) -> dict[str, list[str]]:
+    """kind → the queues that bring jobs of it to a worker with these models."""
+    queues: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for card in cards:
+        for kind in card.kinds:
+            queues[kind].append(keys.queue(card.model, kind))
+    return queues
 
 
 def _nothing() -> None: ...
@@ -31,25 +43,31 @@ class DoesNotFit(WorkerUnavailable):
 
 
 @dataclass(frozen=True)
-class _HeldBack:
-    """No more than `most` jobs are held for now."""
+class _Bound:
+    """No more than `most` jobs are held for now, and why."""
 
     most: int
     why: str
 
 
 class Lanes:
-    """Counts the jobs held, by kind. `queues`: kind → the queues that bring it."""
+    """Counts the jobs held, and says whether one more may be taken.
+
+    A kind holds as many as its limit says, or fewer after `shrink`. `hold_back` and `narrow` bound it further: the one
+    until a job has ended, the other until `widen`. `lend` lets it hold more, once.
+    """
 
     def __init__(self) -> None:
+        #: kind → jobs that it may hold by the worker's settings.
         self._limits: dict[str, int] = {}
-        #: kind → jobs it may hold now: its limit, or less after `shrink`.
+        #: kind → jobs that it may hold now: its limit, or less after `shrink`.
         self._capacity: dict[str, int] = {}
-        self._held_back: dict[str, _HeldBack] = {}
-        #: kind → what `narrow` said.
-        self._narrow: dict[str, _HeldBack] = {}
+        #: kind → what `hold_back` and `narrow` said.
+        self._held_back: dict[str, _Bound] = {}
+        self._narrow: dict[str, _Bound] = {}
         #: kind → when it was shrunk, or grew, last: lanes run out of memory together, and each has to hold fewer.
         self._shrunk: dict[str, float] = {}
+        #: kind → the queues that bring its jobs.
         self._queues: dict[str, list[str]] = {}
         self._held: dict[str, int] = {}
         #: kind → jobs that it may hold until it has taken the next one, where that is more than its capacity.
@@ -112,7 +130,7 @@ class Lanes:
     def narrow(self, kind: str, most: int, why: str) -> None:
         """Take none beyond `most`, except what is lent, until `widen`."""
         with self._lock:
-            self._narrow[kind] = _HeldBack(most, why)
+            self._narrow[kind] = _Bound(most, why)
 
     def widen(self, kind: str) -> None:
         """Take back what `narrow` said."""
@@ -144,7 +162,7 @@ class Lanes:
         Called before that job leaves. What has ended meanwhile shows when it does.
         """
         with self._lock:
-            self._held_back[kind] = _HeldBack(min(others, self._most(kind)), why)
+            self._held_back[kind] = _Bound(min(others, self._most(kind)), why)
 
     def shrink(self, kind: str) -> None:
         """The jobs of this kind did not fit into memory together: hold half as many, until `grow`.

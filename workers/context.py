@@ -16,7 +16,7 @@ from workers.services.runtime import Runtime
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-#: See `make_engine`.
+#: From settings, what gets a step's entries, and what is called if the engine dies.
 MakeEngine = Callable[[Settings, Callable[..., None], Callable[[], None]], "Engine"]
 
 
@@ -24,13 +24,12 @@ def _ignore(consumer: Any) -> None: ...
 
 
 class WorkerContext:
-    """Made with the app, also for Celery's own commands, which run no jobs. The boot step installs the runtime.
+    """Made with the app, also for Celery's own commands, which run no jobs. The boot step installs the runtime."""
 
-    `make_engine`: from settings, what gets a step's entries, and what is called if the engine dies.
-    """
-
-    def __init__(self, settings: Settings, make_engine: MakeEngine = make_engine) -> None:
-        self.settings, self.make_engine = settings, make_engine
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        #: Makes the engine when the worker starts: a test may put another in here before.
+        self.make_engine: MakeEngine = make_engine
         self.lanes = Lanes()
         self.deliveries = Deliveries(Health(settings.lease))
         self.revocations = Revocations()

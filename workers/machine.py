@@ -13,6 +13,7 @@ from stoker.settings import Settings
 from workers.group.starting import place_of_group
 
 if TYPE_CHECKING:
+    from engine.checkpoints.drafts import DraftSource
     from engine.checkpoints.loading import PrecisionOptions
     from engine.engine import Engine
     from engine.generation.limits import LaneLimits
@@ -42,7 +43,6 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
 
     report = boot_blas(settings)
     place = place_of_group(settings)
-    from engine.checkpoints.drafts import DraftSource
     from engine.engine import Engine
     from engine.platform.probe import choose_kernels, describe_kernels, memory
     from engine.prefixes.disk import DiskLimits
@@ -56,11 +56,6 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
     if report.active and not blas.verify():
         log.warning("MLX does not use the fast BLAS that was loaded: expect a thirtieth of its speed")
     group = ALONE if place is None else leader_of(settings, *place)
-    drafts = {model: DraftSource(*draft) for model, draft in drafts_of(settings).items()}
-    if unknown := sorted(drafts.keys() - parse_models((*settings.models, *settings.on_demand)).keys()):
-        log.warning(
-            "STOKER_DRAFT_MODELS names %s, which this worker has only if it is asked to load it", ", ".join(unknown)
-        )
     engine = Engine(
         parse_models(settings.models),
         adapters=settings.adapters,
@@ -75,12 +70,24 @@ def make_engine(settings: Settings, publish: Callable[[list[Entry]], None], on_d
         neighbours=neighbours_of(settings, device_here()),
         group=group,
         sharing=group if isinstance(group, Leader) and settings.shard else None,
-        drafts=drafts,
+        drafts=draft_sources(settings),
         on_death=on_death,
     )
     if isinstance(group, Leader):
         group.woken = engine.wake
     return engine
+
+
+def draft_sources(settings: Settings) -> dict[str, DraftSource]:
+    """Model → what drafts for it."""
+    from engine.checkpoints.drafts import DraftSource
+
+    drafts = {model: DraftSource(*draft) for model, draft in drafts_of(settings).items()}
+    if unknown := sorted(drafts.keys() - parse_models((*settings.models, *settings.on_demand)).keys()):
+        log.warning(
+            "STOKER_DRAFT_MODELS names %s, which this worker has only if it is asked to load it", ", ".join(unknown)
+        )
+    return drafts
 
 
 def precision_of(settings: Settings) -> PrecisionOptions:

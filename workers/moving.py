@@ -16,15 +16,14 @@ from redis.exceptions import RedisError
 
 from engine.training import carried
 from stoker.address import Address
-from stoker.broker import keys
-from stoker.client.model_choice import parse_presences
-from stoker.contract import CONTRACT, TrainRequest
+from stoker.contract import TrainRequest
 from stoker.contract.kinds import TRAIN
 from stoker.contract.names import Rule, checked
 from stoker.errors import JobDead, StokerError, WorkerUnavailable
 from stoker.settings import Settings
 from workers.artifacts import StoreTrouble
 from workers.job import Job
+from workers.others import others
 from workers.run_manifest import Manifest
 from workers.run_parts import NoRoom
 from workers.run_store import Damaged, RunStore
@@ -211,12 +210,5 @@ def _shares_its_home(settings: Settings) -> bool:
 
 
 def _others_train(runtime: Runtime, model: str) -> bool:
-    names = [name.decode(errors="replace") for name in runtime.redis.zrange(keys.WORKERS, 0, -1)]
-    raw = runtime.redis.mget([keys.worker(name) for name in names]) if names else []
-    return any(
-        presence.worker != runtime.name
-        and any(
-            card.model == model and TRAIN.name in card.kinds and card.contract == CONTRACT for card in presence.models
-        )
-        for presence in parse_presences(raw)
-    )
+    alive = others(runtime.redis, runtime.name)
+    return any(card.takes(model, TRAIN.name) for presence in alive for card in presence.models)

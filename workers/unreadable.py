@@ -55,7 +55,7 @@ class DeadMessages:
         self._unwritten: Unreadable | None = None
 
     def add(self, message: Unreadable) -> None:
-        # Neither its bytes nor what is wrong with them, which quotes them: they may be anybody's text.
+        # Neither its bytes nor what is wrong with them, which quotes them: they may be any client's text.
         log.error("a message of %s cannot be read; `stoker jobs dead` shows it: %s", message.queue, message.id)
         try:
             self._queue.put_nowait(message)

@@ -183,23 +183,24 @@ class AdapterPool:
         held.used = next(self._clock)
 
     def _hold(self, name: str, version: int, weights: LoraWeights, stamp: int) -> int:
-        index = self._place_for(weights)
+        index = self._index_for(weights)
         # From now on the row is nobody's: where writing it fails, it must not serve under the name of before.
         self._held[index] = None
         self._write(index, weights, self._norms.get((name, version), {}))
         self._held[index] = _Held(name, version, next(self._clock), stamp)
         return index
 
-    def _place_for(self, weights: LoraWeights) -> int:
-        """A free index, in stacks that have room for an adapter; where there is no memory for larger ones, those of
-        before serve on, and no row of another tries again."""
-        stacks, rank, places = {name: dict(stack) for name, stack in self._stacks.items()}, self._rank, len(self._held)
+    def _index_for(self, weights: LoraWeights) -> int:
+        """A free index, in stacks that have room for an adapter. Where there is no memory for larger ones, those of
+        before serve on: each pass would try again to evaluate those that failed."""
+        stacks = {name: dict(stack) for name, stack in self._stacks.items()}
+        rank, capacity = self._rank, len(self._held)
         try:
             self._widen(weights)
-            return self._room()
+            return self._free_index()
         except Exception:
             self._stacks, self._rank = stacks, rank
-            self._held = [*self._held[:places], *[None] * (places - len(self._held))]
+            self._held = [*self._held[:capacity], *[None] * (capacity - len(self._held))]
             raise
 
     def _widen(self, weights: LoraWeights) -> None:
@@ -211,7 +212,7 @@ class AdapterPool:
         if rank == self._rank and not new:
             return
         self._rank = rank
-        self._cut(new)
+        self._give_up_unused(new)
         for name, side in new:
             full = mx.full(self._shape(name, side), _NEUTRAL[side], self._model.decoder.dtype)
             self._stacks.setdefault(name, {})[side] = full
@@ -225,23 +226,23 @@ class AdapterPool:
             wanted.add("shift")
         return wanted - self._stacks.get(name, {}).keys()
 
-    def _cut(self, new: Sequence[tuple[str, str]]) -> None:
-        """Before the stacks grow to their rank and to new sides: give up places that nobody uses, as far as the budget
-        asks for it. Those that are in use keep their index."""
+    def _give_up_unused(self, new: Sequence[tuple[str, str]]) -> None:
+        """Before the stacks grow to their rank and to `new` sides: halve the number of their adapters until the budget
+        holds them, or an index is in use that would go."""
         sides = [*((name, side) for name, stack in self._stacks.items() for side in stack), *new]
         each = sum(math.prod(self._shape(name, side)[1:]) for name, side in sides) * self._model.decoder.dtype.size
-        places = len(self._held)
-        while places > _FIRST_CAPACITY and places * each > self._budget and not self._used_from(places // 2):
-            places //= 2
-        if places < len(self._held):
-            del self._held[places:]
+        capacity = len(self._held)
+        while capacity > _FIRST_CAPACITY and capacity * each > self._budget and not self._used_from(capacity // 2):
+            capacity //= 2
+        if capacity < len(self._held):
+            del self._held[capacity:]
             for stack in self._stacks.values():
-                stack.update({side: mx.contiguous(array[:places]) for side, array in stack.items()})
+                stack.update({side: mx.contiguous(array[:capacity]) for side, array in stack.items()})
 
-    def _used_from(self, place: int) -> bool:
-        return any(self._uses[index] for index in range(place, len(self._held)))
+    def _used_from(self, first: int) -> bool:
+        return any(self._uses[index] for index in range(first, len(self._held)))
 
-    def _room(self) -> int:
+    def _free_index(self) -> int:
         """A free index: one that is free, or a larger stack if the budget allows, or the index of the least recently
         used."""
         while True:
@@ -273,7 +274,7 @@ class AdapterPool:
         layer, where they are known."""
         dtype = self._model.decoder.dtype
         own = {name: self._sides(name, weights, norms.get(name)) for name in weights.matrices}
-        # Before they are in the stacks: where there is no memory for it, no row of another would try again.
+        # Before they are in the stacks: where there is no memory for them, each pass would try again to evaluate them.
         mx.eval(own)
         for name, stack in self._stacks.items():
             sides = own.get(name, {})

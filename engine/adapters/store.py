@@ -39,7 +39,7 @@ class AdapterStore:
         return self._home(model, name) / checked(Rule.VERSION, "version", str(version))
 
     def _home(self, model: str, name: str) -> Path:
-        """Where the versions of an adapter are. Names may come from a registry that anybody wrote."""
+        """Where the versions of an adapter are. Names may come from a registry that another program wrote."""
         return self._root / checked(Rule.NAME, "model", model) / checked(Rule.NAME, "adapter", name)
 
     def newest(self, model: str, name: str) -> int:

@@ -39,7 +39,8 @@ from engine.weights.safetensors_header import FP8
 from engine.weights.tensors import Stored, Tensors
 from stoker.errors import ModelError
 
-#: dtype -> (its words, the bits of the exponent). All of them set: infinite, or no number; of 8 bits, all but the sign.
+#: dtype -> (its words, the bits of the exponent). All of them set: infinite, or no number; of 8 bits, all except the
+#: sign.
 _EXPONENTS = {
     "F32": ("<u4", 0x7F80_0000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), FP8: ("u1", 0x7F),
 }  # fmt: skip

@@ -24,8 +24,8 @@ def pool(hidden: mx.array, mask: mx.array | None, pooling: str) -> mx.array:
 
     As in sentence-transformers' Pooling module: `cls` is the first token and `lasttoken` the last that is none of
     padding, `max` the largest number of each dimension, `mean` the mean over the mask, `mean_sqrt_len_tokens` the sum
-    by the root of the length, `weightedmean` a mean in which a token weighs as much as its place, from 1 on. Padding is
-    on the right.
+    by the root of the length, `weightedmean` a mean in which a token weighs as much as its position, from 1 on. Padding
+    is on the right.
     """
     if pooling == "cls":
         return hidden[:, 0].astype(mx.float32)

@@ -54,8 +54,8 @@ class Admission(Message):
         """The tokens with which the job goes on, as `Generation.resume` takes them."""
         found: list[StreamToken] = []
         for completion, answer in enumerate(self.answers):
-            for place, token in enumerate(answer.tokens):
-                last = place == len(answer.tokens) - 1
+            for index, token in enumerate(answer.tokens):
+                last = index == len(answer.tokens) - 1
                 found.append(
                     StreamToken(
                         index=len(found), token_id=token, text="", logit=0.0, logprob=0.0, probability=0.0,

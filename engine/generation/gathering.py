@@ -21,7 +21,7 @@ def gather(rows: Sequence[Row], ahead: Sequence[int], vocabulary: int, size: int
 
 
 def sampling_of(rows: Sequence[Row], draws: Sequence[Draw], vocabulary: int, size: int) -> SamplingBatch:
-    """The draws for the device, each of the row at its place. Raises `RowFault`."""
+    """The draws for the device, each of the row at its index. Raises `RowFault`."""
     try:
         return sampling_batch(draws, vocabulary, size)
     except Exception:

@@ -230,7 +230,7 @@ class KeyValues:
         self.resize(*shape_for(lengths))
 
     def pending(self, offset: np.ndarray, rows: int | None = None) -> None:
-        """What a pass has to know of its rows' places: each is at its own."""
+        """What a pass has to know of where its rows lie: nothing, for each is at its own index."""
 
     def resize(self, rows: int, capacity: int) -> None:
         """More or fewer rows and positions; what fits stays. One layer at a time, so that old and new never both exist
@@ -384,7 +384,7 @@ def write(array: mx.array, fresh: mx.array, positions: mx.array) -> None:
     array[mx.array(row), mx.array(head), positions[:, None]] = fresh
 
 
-class Places(NamedTuple):
+class WriteIndices(NamedTuple):
     """Where several tokens a row are written: row, head and position of each, uint32 (rows, heads, tokens).
 
     Rows and heads are constants of the host's. All are unsigned and of the full shape, as in `write`.
@@ -395,7 +395,7 @@ class Places(NamedTuple):
     positions: mx.array
 
     @classmethod
-    def of(cls, offset: mx.array, heads: int, tokens: int) -> Places:
+    def of(cls, offset: mx.array, heads: int, tokens: int) -> WriteIndices:
         """Of tokens that begin at `offset`, uint32 (rows,)."""
         row, head, token = np.indices((offset.shape[0], heads, tokens), dtype=np.uint32)
         return cls(row, head, offset[:, None, None] + mx.array(token))
@@ -413,7 +413,7 @@ class View:
     `exact`: one row, of which this pass fills every position that is read: attention is causal and needs no mask then.
     `mask`: what another view of the pass made. `first`: the layer that `kv` begins with. `sizes`: the
     model's, by which keys and values are packed. Each token's are when they are written, and what is read is what was
-    packed, of this pass too: a token sees the same of the others, in whichever passes they came.
+    packed, of this pass too: a token sees the same of the others, however they are split into passes.
     """
 
     def __init__(
@@ -434,7 +434,7 @@ class View:
         self.offset, self.kv_length, self.exact, self.shape = offset, kv_length, exact, shape
         (self._rows, self._tokens), self._first = shape, first
         self._positions = offset.astype(mx.uint32)
-        self._written_at: dict[int, Places] = {}
+        self._written_at: dict[int, WriteIndices] = {}
         # With one token, too: a sliding window hides what lies before it.
         self.mask: Mask = ("causal" if exact else self.seen(window)) if mask is None else mask
 
@@ -495,11 +495,11 @@ class View:
         if self._tokens == 1:
             write(storage, new[:, :, 0], self._positions)
         else:
-            self._places(storage.shape[1]).write(storage, new)
+            self._indices(storage.shape[1]).write(storage, new)
         return storage
 
-    def _places(self, heads: int) -> Places:
+    def _indices(self, heads: int) -> WriteIndices:
         """Where the new tokens of so many heads are written: the same in each layer, which would launch it anew."""
         if heads not in self._written_at:
-            self._written_at[heads] = Places.of(self._positions, heads, self._tokens)
+            self._written_at[heads] = WriteIndices.of(self._positions, heads, self._tokens)
         return self._written_at[heads]

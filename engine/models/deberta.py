@@ -103,7 +103,7 @@ def _normed(config: Mapping[str, Any]) -> bool:
     return bool(stated == "layer_norm")
 
 
-class Places:
+class Distances:
     """Which of the embeddings of distances each query has with each key."""
 
     def __init__(self, args: DebertaArgs):
@@ -113,16 +113,17 @@ class Places:
     def within(self, length: int) -> tuple[slice, mx.array]:
         """Those that a text of so many tokens needs, and which of these it is for query and key, (length, length)."""
         near = self._rows[self._context - length : self._context + length - 1]
-        places, first = mx.arange(length), int(near[0])
-        return slice(first, int(near[-1]) + 1), mx.array(near - first)[places[:, None] - places[None, :] + length - 1]
+        positions, first = mx.arange(length), int(near[0])
+        apart = positions[:, None] - positions[None, :]
+        return slice(first, int(near[-1]) + 1), mx.array(near - first)[apart + length - 1]
 
 
 class DisentangledAttention(Attention):
     """`table`: the embeddings of distances (2 · span, dim)."""
 
-    def __init__(self, args: DebertaArgs, layer: str, table: mx.array, places: Places, tensors: Tensors):
+    def __init__(self, args: DebertaArgs, layer: str, table: mx.array, distances: Distances, tensors: Tensors):
         super().__init__(args, layer, _NAMES, tensors)
-        self._places = places
+        self._distances = distances
         self._scale = (self.head_dim * (1 + len(args.terms))) ** -0.5
 
         def sides(term: str, name: str, index: int) -> mx.array | None:
@@ -140,7 +141,7 @@ class DisentangledAttention(Attention):
         self._keys, self._queries = sides("c2p", "pos_key_proj", 1), sides("p2c", "pos_query_proj", 0)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, addend: mx.array | None) -> mx.array:
-        used, rows = self._places.within(queries.shape[2])
+        used, rows = self._distances.within(queries.shape[2])
         terms = [] if addend is None else [addend]
         if self._keys is not None:
             terms.append(self._scale * _looked_up(queries @ self._keys[..., used], rows))
@@ -169,10 +170,10 @@ class Deberta(Bert):
         table = tensors.take("encoder.rel_embeddings.weight", (2 * args.span, args.dim))
         if args.normed:
             table = LayerNorm.take(tensors, "encoder.LayerNorm", args.dim, args.norm_eps)(table)
-        places = Places(args)
+        distances = Distances(args)
         names = [f"encoder.layer.{index}" for index in range(args.layers)]
         return [
-            Block(args, name, _NAMES, tensors, DisentangledAttention(args, name, table, places, tensors))
+            Block(args, name, _NAMES, tensors, DisentangledAttention(args, name, table, distances, tensors))
             for name in names
         ]
 

@@ -48,7 +48,7 @@ _MADE: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
     "gte": _rotary,
 }
 ENCODERS = tuple(_MADE)
-#: Those of `sentence_files.POOLED`.
+#: Those of `sentence_files.POOLED_DECODERS`.
 _POOLED: Mapping[str, Callable[[Mapping[str, Any], Tensors], Encoder]] = {
     "llama": lambda config, tensors: CausalEncoder(LlamaArgs.from_config(config), tensors),
     "mistral": lambda config, tensors: CausalEncoder(MistralArgs.from_config(config), tensors),

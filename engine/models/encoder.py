@@ -192,7 +192,7 @@ class Encoder:
     """A model of kind "embed": tokens to hidden states."""
 
     args: EmbedderArgs
-    #: Token types of which one is added to every token; a model without any takes a text of whichever type.
+    #: Token types of which one is added to every token; a model without any takes a text of any type.
     typed = True
 
     def token_ids(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -283,7 +283,7 @@ def unseen(mask: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def addend_of(group: Group, dtype: mx.Dtype, bias: mx.array | None) -> mx.array | None:
-    """What is added to the scores of a group, of which `bias` is that by the places of query and key."""
+    """What is added to the scores of a group, of which `bias` is that by the positions of query and key."""
     if group.mask is None:
         return bias
     hidden = unseen(group.mask[:, None, None, :], dtype)

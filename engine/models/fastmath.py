@@ -111,7 +111,7 @@ def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output:
     if fast(gate):
         return _fast_swiglu_gradients(gate, up, _exp_nonpositive(-mx.abs(gate)), cotangent)
     of_gate, _ = _swiglu_gradients(gate, up, mx.sigmoid(gate), cotangent)
-    # From a gate of its own: what two results share is no part of either's fused loop, but one of three more.
+    # From a gate of its own: what two results share is no part of either's fused loop: it is one of three more.
     (gate,) = mx.depends([primals[0]], [cotangent, up])
     _, of_up = _swiglu_gradients(gate, up, mx.sigmoid(gate), cotangent)
     return of_gate, of_up

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -22,12 +22,11 @@ from engine.models.buckets import bucket
 from engine.models.cache import SMALLEST_KV_LENGTH, HoldsKeyValues, KeyValues, KvSide, LayerCache, Stored
 from engine.models.layers import RowAdapters
 from engine.models.mixed import MixedView
-from engine.models.openings import FEWEST, Kept, Opening, Share, Span, own_lengths, share
+from engine.models.openings import Span
+from engine.models.segments import PADDING, Segment, Segments
 from kernels.attend import AttendAdapters
 
-#: Positions of its own that a row has at least; and those that are nobody's.
-SMALLEST, PADDING = FEWEST, 1
-#: Layers of one array. More make fewer launches; but while an array grows, it is there twice.
+#: Layers of one array. More make fewer launches, and each array is there twice while it grows.
 LAYERS_TOGETHER = 6
 
 
@@ -35,38 +34,6 @@ def together(layers: int) -> list[range]:
     """Which layers share an array: as many each as there may be, evenly."""
     count = math.ceil(layers / math.ceil(layers / LAYERS_TOGETHER))
     return [range(first, min(first + count, layers)) for first in range(0, layers, count)]
-
-
-@dataclass(eq=False)
-class Run:
-    """Positions from `start` on that rows share: the keys and values of `opening`, which nobody writes any more."""
-
-    opening: Opening
-    start: int
-
-    @property
-    def size(self) -> int:
-        return len(self.opening.tokens)
-
-
-class Segment(NamedTuple):
-    """Where a row's positions lie in the arrays: `size` of its own from `start` on, behind the first `shared` ones,
-    which are those of `run`. `opening`: what others may share of it."""
-
-    start: int
-    size: int
-    shared: int = 0
-    run: Run | None = None
-    opening: Opening | None = None
-
-    @property
-    def end(self) -> int:
-        return self.start + self.size
-
-    @property
-    def room(self) -> int:
-        """Positions that the row may have."""
-        return self.shared + self.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +61,7 @@ class JointKeyValues:
         self._layers, self._side, self._token = len(sizes.keys), sizes.keys[0], sizes.token_bytes
         self._parts = together(self._layers)
         self.arrays = [self._zeros(layers, PADDING) for layers in self._parts]
-        self._segments: list[Segment] = []
+        self._segments = Segments()
         self._fresh: list[mx.array] = []
         self._positions: mx.array | None = None
 
@@ -126,28 +93,27 @@ class JointKeyValues:
 
     def segment(self, row: int) -> Segment:
         """Where a row lies."""
-        return self._segments[row]
+        return self._segments.rows[row]
 
     def bytes_of(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> int:
         """What storage takes that holds rows of such lengths and those that come behind them: this one, where the rows
         have room."""
         if not more and self.has_room(lengths):
             return self.nbytes
-        return self._sizes(lengths, more)[1] * self._token
+        return self._segments.layout(lengths, more).positions * self._token
 
     def bytes_of_some(self, rows: Sequence[int], lengths: Sequence[int], more: Sequence[Span]) -> int:
         """What storage takes that holds these rows of it, of such lengths, with what they share now, those that come,
         and no others."""
-        return _sizes([self._segments[row] for row in rows], lengths, more)[1] * self._token
+        return self._segments.of(rows).layout(lengths, more).positions * self._token
 
     def has_room(self, lengths: Sequence[int]) -> bool:
         """Whether rows of such lengths are held as they lie."""
-        held = self._segments
-        return len(lengths) <= len(held) and all(n <= one.room for n, one in zip(lengths, held, strict=False))
+        return self._segments.have_room(lengths)
 
     def room(self, lengths: Sequence[int]) -> int:
         """Positions that each of these rows has behind such a length, at least."""
-        return min((one.room - n for n, one in zip(lengths, self._segments, strict=False)), default=0)
+        return self._segments.room(lengths)
 
     def fit(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> None:
         """Have room for rows of such lengths, those that are here keep what they hold; and, wherever it may be, for
@@ -156,93 +122,49 @@ class JointKeyValues:
             self.clear_pending()
             if not self._grow(lengths):
                 self._lay_out(lengths, more)
-        if more and not self._holds([bucket(length, SMALLEST) for length in own_lengths(more, self._kept)]):
+        if more and not self._segments.can_take(more, self.positions):
             self.clear_pending()
             self._lay_out(lengths, more)
 
     def _grow(self, lengths: Sequence[int]) -> bool:
         """Give each row that outgrows its segment another; False where there is no room for one."""
         for row, length in enumerate(lengths):
-            if row < len(self._segments) and length <= self._segments[row].room:
+            if (size := self._segments.outgrown(row, length)) is None:
                 continue
-            shared = self._segments[row].shared if row < len(self._segments) else 0
-            size = bucket(length - shared, SMALLEST)
-            start = self._gap(size)
+            start = self._segments.gap(size, self.positions)
             if start is None:
                 return False
-            self._place(row, start, size)
+            self._give(row, start, size)
         return True
 
-    @property
-    def _kept(self) -> list[Kept]:
-        """What rows that come may share."""
-        return _kept(self._segments)
-
-    @property
-    def _runs(self) -> list[Run]:
-        """Those that rows have."""
-        return list(_runs(self._segments))
-
-    @property
-    def _taken(self) -> list[tuple[int, int]]:
-        """Where positions are taken: from, and up to."""
-        owned: list[Segment | Run] = [*self._segments, *self._runs]
-        return sorted((each.start, each.start + each.size) for each in owned)
-
-    def _gap(self, size: int) -> int | None:
-        """Where so many positions are nobody's."""
-        return _gap(self._taken, size, self.positions)
-
-    def _holds(self, sizes: Sequence[int]) -> bool:
-        """Whether so many positions each are nobody's."""
-        taken = self._taken
-        for size in sizes:
-            start = _gap(taken, size, self.positions)
-            if start is None:
-                return False
-            taken = sorted([*taken, (start, start + size)])
-        return True
-
-    def _place(self, row: int, start: int, size: int) -> None:
+    def _give(self, row: int, start: int, size: int) -> None:
         """Give a row a longer segment, with what it holds; or a new row its first."""
-        if row == len(self._segments):
-            self._segments.append(Segment(start, size))
+        rows = self._segments.rows
+        if row == len(rows):
+            rows.append(Segment(start, size))
             return
-        old = self._segments[row]
+        old = rows[row]
         for array in self.arrays:
             # A part that is on its way to another place would keep the array from being written in place.
             kept = mx.contiguous(array[:, old.start : old.end])
             mx.eval(kept)
             array[:, start : start + old.size] = kept
-        self._segments[row] = old._replace(start=start, size=size)
-
-    def _sizes(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> tuple[list[int], int]:
-        """As `_sizes`, of the rows that are here."""
-        return _sizes(self._segments, lengths, more)
+        rows[row] = old._replace(start=start, size=size)
 
     def _lay_out(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> None:
         """Runs, then segments for rows of such lengths, one after the other, and room for those that come, in arrays
         that are no smaller; what fits stays."""
-        sizes, positions = self._sizes(lengths, more)
-        self._move(sizes, max(positions, self.positions))
+        layout = self._segments.layout(lengths, more)
+        self._move(layout.sizes, max(layout.positions, self.positions))
 
     def _move(self, sizes: Sequence[int], positions: int) -> None:
         """Runs, then segments of these sizes, in arrays of so many positions. One array at a time, so that old and new
         never both exist in full."""
-        held, start, moves = self._segments, PADDING, list[tuple[int, int, int]]()
-        for run in self._runs:
-            moves.append((run.start, start, run.size))
-            run.start, start = start, start + run.size
-        self._segments = []
-        for row, size in enumerate(sizes):
-            old = held[row] if row < len(held) else Segment(0, 0)
-            moves.append((old.start, start, min(old.size, size)))
-            self._segments.append(old._replace(start=start, size=size))
-            start += size
+        moves = self._segments.lay_out(sizes)
         for index, layers in enumerate(self._parts):
             made = self._zeros(layers, positions)
-            for old_start, new_start, size in moves:
-                made[:, new_start : new_start + size] = self.arrays[index][:, old_start : old_start + size]
+            for move in moves:
+                made[:, move.to : move.to + move.size] = self.arrays[index][:, move.start : move.start + move.size]
             mx.eval(made)
             self.arrays[index] = made
 
@@ -258,11 +180,10 @@ class JointKeyValues:
     def shrink(self, lengths: Sequence[int]) -> None:
         """Give back what rows of such lengths do not need."""
         self.clear_pending()
-        del self._segments[len(lengths) :]
-        self._trim()
-        sizes, positions = self._sizes(lengths)
-        if positions < self.positions:
-            self._move(sizes, positions)
+        self._segments.keep(len(lengths))
+        layout = self._segments.layout(lengths)
+        if layout.positions < self.positions:
+            self._move(layout.sizes, layout.positions)
 
     def pending(self, offset: np.ndarray, rows: int | None = None) -> JointPlaces:
         """Of a pass over rows at `offset`. `rows`: how many of them are no padding; None: all.
@@ -275,7 +196,7 @@ class JointKeyValues:
             shapes = [(len(offset), array.shape[0], array.shape[2]) for array in self.arrays]
             self._fresh = [mx.zeros(shape, self._side.kept_as) for shape in shapes]
         segments = np.zeros((len(offset), 3), dtype=np.int32)
-        held = self._segments[: len(offset) if rows is None else rows]
+        held = self._segments.rows[: len(offset) if rows is None else rows]
         if held:
             segments[: len(held)] = [(one.run.start if one.run else 0, one.shared, one.start) for one in held]
         _, shared, own = segments.T
@@ -286,33 +207,14 @@ class JointKeyValues:
     def add(self, row: int, span: Span, source: KeyValues, source_row: int) -> None:
         """Let a row come for which `fit` has made room, behind the others: `source` has its positions, except that of
         its newest token. Those that others have already are not copied."""
-        assert row == len(self._segments)
-        found = share(span, self._kept)
-        shared = 0 if found is None else found.length
-        size = bucket(span.length - shared, SMALLEST)
-        start = self._gap(size)
-        assert start is not None, "`fit` has made room"
-        self._segments.append(
-            Segment(start, size, shared, None if found is None else self._run_of(found), span.opening)
-        )
+        assert row == len(self._segments.rows)
+        self._segments.add(span, self.positions)
         self.put(row, source, source_row, span.length - 1)
-
-    def _run_of(self, found: Share) -> Run:
-        """The run that a row shares. Of one that shares nothing the beginning becomes one, where it lies."""
-        giver = self._segments[found.row]
-        if giver.run is not None:
-            return giver.run
-        assert giver.opening is not None
-        run, shared = Run(giver.opening.cut(found.length), giver.start), found.length
-        self._segments[found.row] = giver._replace(
-            start=giver.start + shared, size=giver.size - shared, shared=shared, run=run
-        )
-        return run
 
     def put(self, row: int, source: KeyValues, source_row: int, length: int) -> None:
         """Copy the first `length` positions of a row of `source` to `row`, except those that it shares."""
         self.clear_pending()
-        start, first = self._segments[row].start, self._segments[row].shared
+        start, first = self.segment(row).start, self.segment(row).shared
         if length <= first:
             return
         for array, layers in zip(self.arrays, self._parts, strict=True):
@@ -322,28 +224,22 @@ class JointKeyValues:
 
     def leave(self, row: int, last: int, length: int) -> None:
         """A row goes, and the last one takes its slot: it stays where it lies. What it alone shared is nobody's."""
-        self._segments[row] = self._segments[last]
-        del self._segments[last]
-        self._trim()
-
-    def _trim(self) -> None:
-        """Let go of the positions of runs that no row has any more."""
-        for run, longest in _runs(self._segments).items():
-            run.opening = run.opening.cut(longest)
+        self._segments.rows[row] = self._segments.rows[last]
+        self._segments.keep(last)
 
     def swap(self, row: int, other: int, length: int) -> None:
         """Let two rows change slots: they stay where they lie."""
-        held = self._segments
-        held[row], held[other] = held[other], held[row]
+        rows = self._segments.rows
+        rows[row], rows[other] = rows[other], rows[row]
 
     def clear_beyond(self, lengths: list[int]) -> None:
         """Zeros in each row's positions from its length on, and in those that are nobody's. What lies there is masked,
         and 0 times NaN is NaN."""
         self.clear_pending()
         keep = np.zeros(self.positions, dtype=np.bool_)
-        for run in self._runs:
+        for run in self._segments.runs:
             keep[run.start : run.start + run.size] = True
-        for segment, length in zip(self._segments, lengths, strict=False):
+        for segment, length in zip(self._segments.rows, lengths, strict=False):
             keep[segment.start : segment.start + max(0, length - segment.shared)] = True
         kept = mx.array(keep)[None, :, None]
         self.arrays = [mx.where(kept, array, mx.zeros((), array.dtype)) for array in self.arrays]
@@ -354,38 +250,6 @@ class JointKeyValues:
             for array, fresh in zip(self.arrays, self._fresh, strict=True):
                 _write(array, fresh, self._positions)
         self._fresh, self._positions = [], None
-
-
-def _kept(segments: Sequence[Segment]) -> list[Kept]:
-    return [Kept(one.opening, None if one.run is None else one.run.opening) for one in segments]
-
-
-def _runs(segments: Sequence[Segment]) -> dict[Run, int]:
-    """Those that rows have, and how much of each at most."""
-    found: dict[Run, int] = {}
-    for one in segments:
-        if one.run is not None:
-            found[one.run] = max(one.shared, found.get(one.run, 0))
-    return found
-
-
-def _sizes(segments: Sequence[Segment], lengths: Sequence[int], more: Sequence[Span]) -> tuple[list[int], int]:
-    """How many positions rows have each of their own, with these segments now and of such lengths, new ones among them;
-    and an array that holds them, all that they share, and those that come."""
-    shared = [one.shared for one in segments] + [0] * (len(lengths) - len(segments))
-    each = [bucket(length - less, SMALLEST) for length, less in zip(lengths, shared, strict=False)]
-    coming = sum(bucket(length, SMALLEST) for length in own_lengths(more, _kept(segments))) if more else 0
-    return each, PADDING + bucket(sum(each) + coming + sum(_runs(segments).values()))
-
-
-def _gap(taken: Sequence[tuple[int, int]], size: int, positions: int) -> int | None:
-    """Where `size` of so many positions lie before, between or behind those that are taken."""
-    start = PADDING
-    for first, end in taken:
-        if first - start >= size:
-            return start
-        start = end
-    return start if positions - start >= size else None
 
 
 def _write(array: mx.array, fresh: mx.array, positions: mx.array) -> None:

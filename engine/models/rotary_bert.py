@@ -24,7 +24,7 @@ from engine.weights.tensors import Tensors
 
 class _Parts(NamedTuple):
     """What a checkpoint calls the parts of a layer, of which `layer` is the path. `inner`: what is gated and its gate,
-    in one tensor or in two. `biased`: whether all but `inner` have a bias."""
+    in one tensor or in two. `biased`: whether all except `inner` have a bias."""
 
     layer: str
     embeddings_norm: str

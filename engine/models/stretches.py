@@ -46,7 +46,7 @@ class Layer(Protocol):
 class Stretch:
     """`steps`: layers, each with the norm behind it. `index`: the number of the stretch; `first`: of its first layer.
 
-    `form`: what they compute, but for the numbers in `weights`. `pattern`: the stretch of this form that is traced.
+    `form`: what they compute, except for the numbers in `weights`. `pattern`: the stretch of this form that is traced.
     """
 
     def __init__(self, index: int, first: int, steps: Sequence[tuple[Layer, RMSNorm]]) -> None:

@@ -1,6 +1,6 @@
 """The encoder of T5 (Raffel et al., 2020) as a sentence encoder (Ni et al., 2022): GTR, sentence-T5.
 
-A pre-norm Transformer without biases, with RMS norms, whose scores are not scaled and know places by a relative bias
+A pre-norm Transformer without biases, with RMS norms, whose scores are not scaled and know positions by a relative bias
 alone, one table for all layers. Names and shapes are those of Hugging Face's `T5EncoderModel`.
 """
 
@@ -59,7 +59,7 @@ class T5Args:
 
     @property
     def context(self) -> int:
-        """The most tokens of a text. T5's places have no end; its bias takes memory by the square of them."""
+        """The most tokens of a text. T5's positions have no end; its bias takes memory by their square."""
         return CONTEXT["t5"]
 
     @classmethod

@@ -1,7 +1,7 @@
 """A fast BLAS for MLX's CPU back-end on Linux.
 
 The Linux wheel of MLX links the reference BLAS (2 to 4 GFLOP/s on two cores); OpenBLAS is 30 to 40 times faster. The
-package `scipy-openblas32` carries OpenBLAS, but with its functions called `scipy_cblas_sgemm` and so on. `boot` writes
+package `scipy-openblas32` carries OpenBLAS, with its functions called `scipy_cblas_sgemm` and so on. `boot` writes
 a copy with the plain names into a cache and loads it for the whole process, before MLX is loaded, so that MLX's
 calls bind to it. Before it comes `few_rows`, which takes the products that OpenBLAS is slow at. On macOS (Accelerate,
 Metal) and with MLX CUDA there is nothing to do.

@@ -21,7 +21,7 @@ def on_cpu() -> bool:
 def fuses_on_cpu() -> bool:
     """Whether the CPU back-end can compile fused loops here: it runs g++, once a kernel, and keeps the result.
 
-    Without g++ MLX runs a compiled function operation by operation, which is right but slower than a plain call of
+    Without g++ MLX runs a compiled function operation by operation, which is right, and slower than a plain call of
     `mx.exp`; with a g++ that does not work (no headers, a folder that forbids execution) it raises, so compiling is
     then switched off for the process.
     """

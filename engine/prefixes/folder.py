@@ -79,8 +79,7 @@ class PrefixFolder:
         if len(wanted) < SHORTEST:
             return None
         best: Found | None = None
-        place = self._place(owner, wanted)
-        for path, length, digest in _entries(place):
+        for path, length, digest in _entries(self._folder_of(owner, wanted)):
             if path in self._refused:
                 continue
             shared = self._shared(path, length, digest, wanted, form)
@@ -161,9 +160,9 @@ class PrefixFolder:
         make_folders(self._root)
         write_whole(path, lambda draft: draft.write_text("".join(said), encoding="utf-8"), mode=0o600)
 
-    def pinned_bytes(self, but: str) -> int:
-        """What entries take that the workers of this machine pin, except those of the model of one owner."""
-        return sum(sum(entries.values()) for owner, entries in self._pins() if owner != but)
+    def pinned_bytes(self, without: str) -> int:
+        """What entries take that the workers of this machine pin for models other than this owner's."""
+        return sum(sum(entries.values()) for owner, entries in self._pins() if owner != without)
 
     def holds(self, owner: str, tokens: np.ndarray) -> bool:
         """Whether there is an entry of these tokens alone."""
@@ -208,14 +207,14 @@ class PrefixFolder:
 
     def _all(self) -> Iterator[tuple[int, int, Path]]:
         """When each entry served last, its bytes, and where it is."""
-        for place in list(self._root.iterdir()):
-            if not place.is_dir():
+        for folder in list(self._root.iterdir()):
+            if not folder.is_dir():
                 continue
-            names = os.listdir(place)
+            names = os.listdir(folder)
             if any(name.startswith(DRAFT) for name in names):
-                sweep(place)
+                sweep(folder)
             for name in names:
-                path = place / name
+                path = folder / name
                 with suppress(FileNotFoundError):
                     known = path.stat()
                     yield known.st_mtime_ns, known.st_size, path
@@ -238,22 +237,23 @@ class PrefixFolder:
                 path.unlink()
 
     def _path(self, owner: str, tokens: np.ndarray) -> Path:
-        return self._place(owner, tokens) / f"{len(tokens)}-{_digest(tokens)}.safetensors"
+        return self._folder_of(owner, tokens) / f"{len(tokens)}-{_digest(tokens)}.safetensors"
 
-    def _place(self, owner: str, tokens: np.ndarray) -> Path:
+    def _folder_of(self, owner: str, tokens: np.ndarray) -> Path:
+        """`ROOT/BEGINNING`, where the entries are that may serve these tokens."""
         return self._root / hashlib.sha256(owner.encode() + tokens[:SHORTEST].tobytes()).hexdigest()[:32]
 
 
-def _entries(place: Path) -> Iterator[tuple[Path, int, str]]:
-    """Each entry of a place, its tokens, and their digest."""
+def _entries(folder: Path) -> Iterator[tuple[Path, int, str]]:
+    """Each entry of a beginning's folder, how many tokens it has, and their digest."""
     try:
-        names = os.listdir(place)
+        names = os.listdir(folder)
     except OSError:
         # Most prompts begin as none before: no such folder. One that cannot be read has nothing for us either.
         return
     for name in names:
         if (match := _NAME.fullmatch(name)) is not None:
-            yield place / name, int(match[1]), match[2]
+            yield folder / name, int(match[1]), match[2]
 
 
 def _digest_of(path: Path) -> str:

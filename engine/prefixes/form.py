@@ -30,8 +30,8 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of an entry. `shape`: (heads, width) of one side of a layer, which has a place for each token between
-    them; the whole shape of a state."""
+    """A tensor of an entry. `shape`: (heads, width) of one side of a layer, whose tensor has the tokens between them;
+    the whole shape of a state."""
 
     name: str
     dtype: str

@@ -33,7 +33,7 @@ class PrefixCache:
     def __init__(self, limit: int, *, whole: bool = False, shortest: int = SHORTEST) -> None:
         self.limit, self._whole, self.shortest, self.nbytes = limit, whole, shortest, 0
         self._trees: dict[Hashable, Tree] = {}
-        #: By `Node.place`, the least recently used first, and whose each is. A node comes before the one that it goes
+        #: By `Node.recency`, the least recently used first, and whose each is. A node comes before the one that it goes
         #: on from: nothing goes on from the first.
         self._used: OrderedDict[object, tuple[Hashable, Node]] = OrderedDict()
         self._pins: list[tuple[Hashable, np.ndarray]] = []
@@ -154,7 +154,7 @@ class PrefixCache:
             self._trees.setdefault(owner, Tree(self.shortest)).put(node)
             for old in merged:
                 self._let_go(old)
-            self._used[node.place] = owner, node
+            self._used[node.recency] = owner, node
             self.nbytes += node.kv.nbytes
         self._touch(nodes)
 
@@ -181,7 +181,7 @@ class PrefixCache:
         """The nodes of a path, which ends where the last one does then."""
         node = path.node
         first, second = self._trees[owner].split(node, len(node.tokens) - path.beyond)
-        self._used[second.place], self._used[first.place] = (owner, second), (owner, first)
+        self._used[second.recency], self._used[first.recency] = (owner, second), (owner, first)
         if node in self._pinned:
             self._pinned.remove(node)
             self._pinned.update((first, second))
@@ -199,7 +199,7 @@ class PrefixCache:
 
     def _touch(self, nodes: Sequence[Node]) -> None:
         for node in reversed(nodes):
-            self._used.move_to_end(node.place)
+            self._used.move_to_end(node.recency)
 
     def _oldest(self) -> tuple[Hashable, Node]:
         """What goes first."""
@@ -220,7 +220,7 @@ class PrefixCache:
             del self._trees[owner]
 
     def _let_go(self, node: Node) -> None:
-        del self._used[node.place]
+        del self._used[node.recency]
         self._pinned.discard(node)
         self.nbytes -= node.kv.nbytes
 

@@ -22,7 +22,7 @@ _DAY = 24 * 3600.0
 
 
 class Saving(Protocol):
-    """A prefix that is worth a place on the disk."""
+    """A prefix that is worth being kept on the disk."""
 
     def save(self) -> None:
         """Raises `OSError`, and `WorkerUnavailable` when the engine stops."""

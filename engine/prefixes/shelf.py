@@ -105,7 +105,7 @@ class Shelf:
     @property
     def room_for_pins(self) -> int:
         """Bytes that this model's pins may take on the disk, next to those of the machine's other models."""
-        return self._folder.limit // PINNED_PART - self._folder.pinned_bytes(but=self._base)
+        return self._folder.limit // PINNED_PART - self._folder.pinned_bytes(without=self._base)
 
     def size(self, beginning: Beginning) -> int:
         """Bytes of its file. Raises `InvalidRequest` for one that is too large."""
@@ -228,7 +228,7 @@ def _copy(
 
 
 def _joined(pieces: Sequence[KeyValues], length: int, index: int) -> mx.array:
-    """One tensor of a beginning of `length` tokens, whose places are those of its pieces, one behind the other."""
+    """One tensor of a beginning of `length` tokens, whose positions are those of its pieces, one behind the other."""
     *before, last = ([*piece.keys, *piece.values] for piece in pieces)
     if index >= len(last):
         # A state is of all tokens before it.

@@ -4,8 +4,8 @@ A radix tree over tokens with keys and values at its nodes, as RadixAttention ha
 Execution of Structured Language Model Programs", 2024, https://arxiv.org/abs/2312.07104).
 
 Other threads look while the engine's thread changes it: tokens and end of a node stay what they are, and a change is
-the one assignment that puts a node, or two for one, into the dict of what goes on from a place. Who looks sees what was
-there before or what is there after.
+the one assignment that puts a node, or two for one, into the dict of what goes on from a position. Who looks sees what
+was there before or what is there after.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from engine.models.openings import shared_length
 
 #: What the next tokens are found by: the first ones at the beginning, one behind it.
 _Step: TypeAlias = bytes | int
-#: What goes on from one place.
+#: What goes on from one position.
 Children: TypeAlias = "dict[_Step, Node]"
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Node:
     """`tokens`: int32, those behind its parent's. `kv`: of these positions alone, with the states behind the last one
-    where there are any. `end`: where the last one is among all from the beginning on. `place`: stands for when it was
-    used; the second half of a node has that of the whole. `ends`: a prompt ended here, with the states that it left.
-    `above`: its parent. What goes frees its memory at once, as none holds another in a circle."""
+    where there are any. `end`: where the last one is among all from the beginning on. `recency`: what `PrefixCache`
+    orders nodes by, from the least recently used on; of a node that is split, the second half has it. `ends`: a prompt
+    ended here, with the states that it left. `above`: its parent, by a weak reference: without circles of nodes, one
+    that goes frees its memory at once."""
 
     tokens: np.ndarray
     kv: KeyValues
@@ -39,7 +40,7 @@ class Node:
     above: weakref.ref[Node] | None
     ends: bool
     children: Children = field(default_factory=dict)
-    place: object = field(default_factory=object)
+    recency: object = field(default_factory=object)
 
     @property
     def parent(self) -> Node | None:
@@ -97,23 +98,24 @@ class Tree:
         return Path(nodes, at)
 
     def put(self, node: Node) -> None:
-        """Let a node go on from its parent, in the place of one that goes on with the same token."""
-        self._beside(node)[self._step(node.tokens, node.start)] = node
+        """Let a node go on from its parent, instead of one that goes on with the same token."""
+        self._siblings(node)[self._step(node.tokens, node.start)] = node
 
     def drop(self, node: Node) -> None:
-        del self._beside(node)[self._step(node.tokens, node.start)]
+        del self._siblings(node)[self._step(node.tokens, node.start)]
 
-    def _beside(self, node: Node) -> Children:
+    def _siblings(self, node: Node) -> Children:
+        """What goes on from where the node does, the node included."""
         parent = node.parent
         return self.children if parent is None else parent.children
 
     def split(self, node: Node, length: int) -> tuple[Node, Node]:
-        """Put two in the place of a node, the first of which has `length` of its tokens."""
+        """Put two instead of a node, the first of which has `length` of its tokens."""
         first_kv, second_kv = node.kv.halves(length)
         first = Node(node.tokens[:length].copy(), first_kv, node.start + length, node.above, False)
         # The same dict: a thread that looks at the whole goes on where the engine's thread goes on.
         second = Node(
-            node.tokens[length:].copy(), second_kv, node.end, weakref.ref(first), node.ends, node.children, node.place
+            node.tokens[length:].copy(), second_kv, node.end, weakref.ref(first), node.ends, node.children, node.recency
         )
         for child in node.children.values():
             child.above = weakref.ref(second)
@@ -129,5 +131,5 @@ class Tree:
             yield node
 
     def _step(self, tokens: np.ndarray, at: int) -> _Step:
-        """By what tokens are found that go on from place `at`."""
+        """By what tokens are found that go on from position `at`."""
         return int(tokens[0]) if at else tokens[: self._shortest].tobytes()

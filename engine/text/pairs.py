@@ -103,7 +103,7 @@ class Form:
 
 
 class Forms(Protocol):
-    #: Whether it has room for one.
+    #: Whether a form has room for an instruction.
     instructs: bool
 
     def form(self, instruction: str | None) -> Form: ...

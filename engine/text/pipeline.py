@@ -184,7 +184,7 @@ class TokenizerPipeline:
         inner.decoder = decoders.WordPiece(prefix="##")
 
     def _as_llama(self, inner: Tokenizer) -> None:
-        """A space before a text, but not before what follows a special token, as SentencePiece does it; with `legacy`
+        """A space before a text, and none before what follows a special token, as SentencePiece does it; with `legacy`
         before both."""
         prefix = self._switch("add_prefix_space", True)
         scheme = "never" if not prefix else "always" if self._switch("legacy", False) else "first"

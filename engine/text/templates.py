@@ -24,10 +24,10 @@ def choose(templates: Mapping[str, str], tools: bool, model: str) -> str:
     if DEFAULT in templates:
         return templates[DEFAULT]
     if not templates:
-        raise InvalidRequest(f"messages given, but {model} has no chat template: give a prompt.")
+        raise InvalidRequest(f"messages given, and {model} has no chat template: give a prompt.")
     allowed = f"; with tools it has {TOOL_USE!r}" if TOOL_USE in templates else ""
     raise InvalidRequest(
-        f"messages given, but {model} has no default chat template, only {', '.join(sorted(templates))}{allowed}: "
+        f"messages given, and {model} has no default chat template, only {', '.join(sorted(templates))}{allowed}: "
         "give a prompt."
     )
 

@@ -36,9 +36,9 @@ class Manners:
     """What a model's files say about its texts, its vocabulary apart.
 
     `names`: its special tokens by the names that chat templates use, such as `sep_token`. `templates`: its chat
-    templates, by name. `cuts_left`: whether a text
-    that is too long loses its beginning. `cleans_spaces`: whether spaces before punctuation are taken out of its text.
-    `types`: whether the second text of a pair has a token type of its own.
+    templates, by name. `cuts_left`: whether a text that is too long loses its beginning. `cleans_spaces`: whether
+    spaces before punctuation are taken out of its text. `types`: whether the second text of a pair has a token type of
+    its own.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)

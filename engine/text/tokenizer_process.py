@@ -1,6 +1,6 @@
 """What tries a `tokenizer.json` for `engine.text.trial`: a bad one ends the process that reads it or uses it.
 
-`engine.platform.child` loads it; it imports nothing of Stoker. The file is a program in all but name: replacements may
+`engine.platform.child` loads it; it imports nothing of Stoker. The file is a program by another name: replacements may
 make gigabytes of a letter, and a damaged table of characters is read beyond its end.
 """
 

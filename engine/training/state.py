@@ -43,7 +43,7 @@ class TrainState:
     best_step: int = 0
     #: Evaluations since the best.
     stale: int = 0
-    #: Fields of the report of a step that is done but not evaluated yet.
+    #: Fields of the report of a step that is done and not evaluated yet.
     unreported: dict[str, float] | None = None
 
     def stepped(self, weights: mx.array, moments: Moments, loss: float, fields: dict[str, float]) -> TrainState:

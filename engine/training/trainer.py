@@ -24,20 +24,17 @@ import numpy as np
 from engine.adapters.lora import (
     LoraConfig,
     LoraWeights,
-    Matrices,
-    TrainableLora,
     chosen_targets,
-    dropout_keys,
     initialise,
     square_norms,
     target_shapes,
 )
-from engine.models.decoder import Decoder, DecoderBlock
+from engine.models.decoder import Decoder
 from engine.platform.compiler import on_cpu
 from engine.training.data import Batches, TokenizedExample, TrainingBatch, collate
 from engine.training.flat import FlatLayout, Layout
 from engine.training.guard import MAX_ROLLBACKS, RATE_FACTOR, divergence, overflow
-from engine.training.loss import Columns, cross_entropy
+from engine.training.objective import Objective
 from engine.training.optimizer import Moments, adamw, clipped
 from engine.training.parted import layout_of
 from engine.training.ranks import ALONE, Ranks, as_floats, from_floats, part_of, share_of
@@ -68,29 +65,30 @@ class Trainer:
     ) -> None:
         self.request, self.decoder, self._shard = request, decoder, decoder.shard
         self._ranks = ranks if self._shard is None else ALONE
-        self._columns = None if self._shard is None else Columns(self._shard, decoder.args.vocab)
         self.linears = decoder.linears
         targets = chosen_targets(decoder.linear_shapes, request.targets)
         self.config = LoraConfig(request.rank, request.alpha, targets, request.rslora, request.dora)
         shapes = target_shapes(decoder.linear_shapes, targets)
-        self._squares = self._square_norms(shapes) if self._shard is None else {}
+        squares = self._square_norms(shapes) if self._shard is None else {}
         # Where ranks share the model, the norms are found together: when it runs.
-        norms = self._squares or {name: mx.ones((out,)) for name, (_, out) in shapes.items()}
+        norms = squares or {name: mx.ones((out,)) for name, (_, out) in shapes.items()}
         start = initialise(self.config, shapes, request.seed, norms if request.dora else None).matrices
         self._whole = FlatLayout(start)
         self.layout: Layout = self._whole if self._shard is None else layout_of(start, self._shard)
+        self.objective = Objective(decoder, request, self.config, self.layout, squares)
         self._batches = Batches(examples, request.batch_size, request.seed)
         self._held_out = _in_batches(held_out, request.batch_size)
         # The CPU back-end gains nothing from it, and would trace every shape anew.
         compiled: Callable[..., Callable[..., mx.array]] = (lambda function: function) if on_cpu() else mx.compile
         self._align = 1 if on_cpu() else _ALIGN
         self._run_ahead = RunAhead()
-        self._slope = compiled(mx.value_and_grad(self.training_loss))
-        self._value = compiled(self.held_out_loss)
+        self._slope = compiled(mx.value_and_grad(self.objective.training_loss))
+        self._value = compiled(self.objective.held_out_loss)
         # Of micro-batches that are dealt out this rank has the same examples each time.
         size = min(request.batch_size, len(examples))
         self._part = part_of(size, self._ranks)
-        self._slope_of_part = compiled(mx.value_and_grad(partial(self.training_loss, drawn=(size, self._part.start))))
+        loss_of_part = partial(self.objective.training_loss, drawn=(size, self._part.start))
+        self._slope_of_part = compiled(mx.value_and_grad(loss_of_part))
         weights = self._whole.pack(start)
         self.state = TrainState(weights, Moments.zeros(self._whole.size))
         self.anchor = self.state
@@ -124,16 +122,16 @@ class Trainer:
 
     def _measure(self) -> None:
         """Find the norms of the layers of which each rank has a part: before the first step, what it begins with."""
-        self._squares = self._square_norms(self._whole.layers)
+        self.objective.squares = self._square_norms(self._whole.layers)
         state, anchor = self.state, self.anchor
         self.state = self._measured(state)
         self.anchor = self.state if anchor is state else self._measured(anchor)
 
     def _measured(self, state: TrainState) -> TrainState:
-        if state.step or not self._squares:
+        if state.step or not self.objective.squares:
             return state
         matrices = self.layout.unpack(state.weights)
-        for name, squares in self._squares.items():
+        for name, squares in self.objective.squares.items():
             matrices[name]["m"] = mx.sqrt(squares)
         weights = self.layout.pack(matrices)
         mx.eval(weights)
@@ -361,73 +359,6 @@ class Trainer:
         """The random key of a micro-step: a function of the seed and its number."""
         draws = np.random.default_rng((self.request.seed, micro, 2)).integers(2**32, size=2, dtype=np.uint32)
         return mx.array(draws)
-
-    def training_loss(
-        self,
-        weights: mx.array,
-        key: mx.array,
-        inputs: mx.array,
-        *wanted: mx.array,
-        drawn: tuple[int, int] | None = None,
-    ) -> mx.array:
-        """`drawn`: as `TrainableLora` has it."""
-        matrices = self._matrices(weights)
-        keys = dropout_keys(matrices, key) if self.request.dropout else {}
-        return self.loss(self._hidden(inputs, matrices, keys, drawn), self.request.label_smoothing, *wanted)
-
-    def held_out_loss(self, weights: mx.array, inputs: mx.array, *wanted: mx.array) -> mx.array:
-        return self.loss(self._hidden(inputs, self._matrices(weights), {}), 0.0, *wanted)
-
-    def _matrices(self, weights: mx.array) -> Matrices:
-        """The weights as the forward pass multiplies them: rounded to what the model computes in, and A and B scaled by
-        √s each. Of the whole vector, and so of its slope, at once: it is launching that takes the time, and there are
-        some hundred matrices. DoRA takes them as they are: its norms are in float32."""
-        if self.request.dora:
-            return self.layout.unpack(weights)
-        return self.layout.unpack((weights * self.config.scale**0.5).astype(self.decoder.dtype))
-
-    def loss(
-        self, hidden: mx.array, smoothing: float, positions: mx.array, targets: mx.array, weights: mx.array
-    ) -> mx.array:
-        """Sum of the losses of a batch's targets.
-
-        Only the hidden states that predict a target go through the output head: with prompts masked and a vocabulary
-        of 50,000 or more this is most of the step's memory, and a good part of its time.
-        """
-        chosen = hidden.reshape(-1, hidden.shape[-1])[positions]
-        return cross_entropy(self.decoder.own_logits, chosen, targets, weights, smoothing, self._columns)
-
-    def _hidden(
-        self,
-        inputs: mx.array,
-        matrices: Matrices,
-        keys: dict[str, mx.array],
-        drawn: tuple[int, int] | None = None,
-    ) -> mx.array:
-        """Hidden states after the final norm; dropout where there are keys."""
-        if not self.request.gradient_checkpointing:
-            return self.decoder(inputs, adapters=self._adapters(matrices, keys, drawn))
-
-        def checkpointed(layer: DecoderBlock, x: mx.array) -> mx.array:
-            # What is to be differentiated must come as an argument of what is checkpointed, and nothing else may.
-            own = {linear.name: matrices[linear.name] for linear in layer.linears if linear.name in matrices}
-            run = mx.checkpoint(lambda x, own: layer(x, None, self._adapters(own, keys, drawn)))
-            found: mx.array = run(x, own)
-            return found
-
-        return self.decoder(inputs, adapters=self._adapters(matrices, keys, drawn), run_block=checkpointed)
-
-    def _adapters(self, matrices: Matrices, keys: dict[str, mx.array], drawn: tuple[int, int] | None) -> TrainableLora:
-        return TrainableLora(
-            matrices,
-            self.config.scale if self.request.dora else 1.0,
-            linears=self.linears,
-            squares=self._squares,
-            dropout=self.request.dropout if keys else 0.0,
-            keys=keys,
-            drawn=drawn,
-            shard=self._shard,
-        )
 
 
 def _in_batches(examples: Sequence[TokenizedExample], size: int) -> list[list[TokenizedExample]]:

@@ -270,7 +270,7 @@ class _Reader:
             self.fail(f"tensor {name!r} has the unknown type {kind}")
         block, block_bytes = GGML_QUANT_SIZES[ggml]
         if any(not 0 < side < 2**31 for side in shape) or shape[-1] % block:
-            self.fail(f"tensor {name!r} has shape {shape}, but {ggml.name} comes in blocks of {block}")
+            self.fail(f"tensor {name!r} has shape {shape}, and {ggml.name} comes in blocks of {block}")
         size = math.prod(shape) // block * block_bytes
         if start + size > self.size:
             self.fail(f"tensor {name!r} ends at byte {start + size}, the file at {self.size}")

@@ -162,7 +162,7 @@ def _span(path: Path, name: str, entry: object) -> tuple[int, int]:
     start, end = offsets
     wanted = math.prod(shape) * ITEM_BYTES[dtype]
     if end - start != wanted:
-        raise ModelError(f"{path}: tensor {name!r} spans {end - start} bytes, but {dtype} {shape} needs {wanted}")
+        raise ModelError(f"{path}: tensor {name!r} spans {end - start} bytes, and {dtype} {shape} needs {wanted}")
     return start, end
 
 
@@ -174,4 +174,4 @@ def _check_cover(path: Path, spans: list[tuple[int, int, str]], size: int) -> No
             raise ModelError(f"{path}: tensor {name!r} starts at byte {start}, not at {position} (overlap or hole)")
         position = end
     if position != size:
-        raise ModelError(f"{path}: its tensors take {position} bytes, but {size} follow the header (cut off?)")
+        raise ModelError(f"{path}: its tensors take {position} bytes, and {size} follow the header (cut off?)")

@@ -22,7 +22,7 @@ from stoker.contract.base import parse_adapter
 from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, UnknownAdapter
 
-#: What the field of a version begins with.
+#: What the field of a version begins with; the scripts below have it as text.
 VERSION = "version:"
 #: What the field begins with that says when a version was taken out, and the seconds for which it is there: workers
 #: delete the files meanwhile.
@@ -194,9 +194,7 @@ class AdapterEntry:
 def parse(model: str, name: str, raw: Mapping[bytes, bytes]) -> AdapterEntry:
     """From the adapter's hash. What no release of Stoker wrote there is left out: the other versions serve on."""
     fields = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in raw.items()}
-    numbered = {
-        key.removeprefix("version:"): _read(value) for key, value in fields.items() if key.startswith("version:")
-    }
+    numbered = {key.removeprefix(VERSION): _read(value) for key, value in fields.items() if key.startswith(VERSION)}
     versions = {
         int(number): known
         for number, known in numbered.items()
@@ -255,8 +253,8 @@ class Owner:
     token: str
 
 
-#: Nobody has to own anything.
-ANYBODY = Owner("", "")
+#: No job has to be owned.
+NO_OWNER = Owner("", "")
 
 
 def register(
@@ -267,7 +265,7 @@ def register(
     known: Mapping[str, Any],
     *,
     promote: bool,
-    owner: Owner = ANYBODY,
+    owner: Owner = NO_OWNER,
 ) -> Any:
     """Say that a version is there, and let it serve. Saying it again changes nothing. 0 for an owner that was
     fenced."""
@@ -280,7 +278,7 @@ def restore(redis: Any, key: str, fields: Mapping[bytes, bytes]) -> Any:
     return redis.eval(RESTORE, 1, key, *(part for item in fields.items() for part in item))
 
 
-def keep(redis: Any, model: str, name: str, version: int, data: bytes, owner: Owner = ANYBODY) -> bool:
+def keep(redis: Any, model: str, name: str, version: int, data: bytes, owner: Owner = NO_OWNER) -> bool:
     """Keep the files of a version in the broker. False for an owner that was fenced."""
     names = keys.artifact(model, name, version), keys.job(owner.job_id)
     return bool(redis.eval(KEEP, 2, *names, data, owner.token))
@@ -288,7 +286,7 @@ def keep(redis: Any, model: str, name: str, version: int, data: bytes, owner: Ow
 
 def maker(redis: Any, model: str, name: str, version: int) -> str | None:
     """The job that made a version; None where that is not said."""
-    field = f"version:{version}".encode()
+    field = f"{VERSION}{version}".encode()
     raw = redis.hget(keys.adapter(model, name), field)
     job = parse(model, name, {} if raw is None else {field: raw}).versions.get(version, {}).get("job")
     return job if isinstance(job, str) else None

@@ -19,6 +19,7 @@ from stoker.cli import (
     housekeeping,
     init,
     jobs,
+    kernels,
     keys,
     machine,
     policy,
@@ -144,6 +145,4 @@ training = _group("runs", "Training runs whose folders are on this machine.")
 _add(training, runs.list_runs, name="list")
 _add(training, runs.show, runs.plot, runs.attach, runs.remove, runs.pin)
 
-kernels = _group("kernels", "Fused kernels of this machine.")
-_add(kernels, machine.check_kernels, name="check")
-_add(kernels, machine.bench_kernels, name="bench")
+_add(_group("kernels", "Fused kernels of this machine."), kernels.check, kernels.bench)

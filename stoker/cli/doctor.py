@@ -37,10 +37,10 @@ def machine_checks(url: str | None) -> list[Check]:
 
 def _of_engine() -> list[Check]:
     """Checks of the engine, made in another process: this one must not import MLX."""
-    from stoker.local.stack import worker_command
+    from stoker.local.stack import require_workers
 
     try:
-        worker_command(load_settings(), "probe")
+        require_workers()
     except ConfigError as error:
         return [Check("engine", False, str(error), "a client needs no engine; a worker does")]
     done = subprocess.run([sys.executable, "-m", "workers.doctor"], capture_output=True, text=True, check=False)

@@ -1,11 +1,9 @@
-"""Commands about this machine: up, worker, status, doctor, kernels."""
+"""Commands about this machine: up, worker, flower, status."""
 
 from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -63,13 +61,13 @@ def up(
             print(f"  {command}")
         print(at_the_end(stack.joined), flush=True)
         try:
-            stack.watch(_tell)
+            stack.watch(_say)
         except KeyboardInterrupt:
             print("\nstopping", flush=True)
 
 
-def _tell(text: str) -> None:
-    """Of what happens meanwhile. A terminal that has closed, or a full disk, does not end what runs."""
+def _say(text: str) -> None:
+    """What happens meanwhile. A terminal that has closed, or a full disk, does not end what runs."""
     with suppress(OSError):
         print(text, flush=True)
 
@@ -305,34 +303,3 @@ def _describe(worker: Presence) -> Iterator[str]:
     yield f"  jobs held: {', '.join(lanes)}"
     for kind, why in worker.held_back.items():
         yield f"  {printable(kind):24} holds no more for now: {printable(why)}"
-
-
-def check_kernels(
-    report: Annotated[Path, typer.Option(help="Where the JSON report is written.")] = Path("stoker-kernels.json"),
-    kernel: Annotated[list[str] | None, typer.Option(help="This one alone; may be repeated.")] = None,
-    timings: Annotated[bool, typer.Option(help="Time them as well, where there is a GPU.")] = True,
-    hard: Annotated[bool, typer.Option("--hard", help="Also inputs at which mistakes would be expected.")] = False,
-) -> None:
-    """Run every fused kernel of this machine's back-end against its reference."""
-    # A report that cannot be written is an error now, and not after an hour of work.
-    report.open("a", encoding="utf-8").close()
-    chosen = [part for name in kernel or () for part in ("--kernel", name)]
-    caches = os.environ.get("XDG_CACHE_HOME")
-    cache = ["--cache", str(Path(caches, "stoker", "kernels"))] if caches else []
-    flags = [*([] if timings else ["--no-timings"]), *(["--hard"] if hard else []), *cache]
-    _run_module("kernels.check", "--report", str(report), *chosen, *flags)
-
-
-def bench_kernels(
-    out: Annotated[Path | None, typer.Option(help="Folder for the JSON rows.")] = None,
-) -> None:
-    """Time every fused kernel against MLX's own way: bytes, bandwidth, and the ratio to a plain copy."""
-    _run_module("bench.kernels", *([] if out is None else ["--out", str(out)]))
-
-
-def _run_module(module: str, *arguments: str) -> None:
-    """In a process of its own: this one must not import MLX."""
-    from stoker.local.stack import worker_command
-
-    worker_command(load_settings(), "probe")
-    sys.exit(subprocess.call([sys.executable, "-m", module, *arguments]))

@@ -38,7 +38,7 @@ def install(
 ) -> None:
     """Let a worker start by itself and come back: an agent of launchd, a user unit of systemd. Settings of this shell
     (STOKER_…) are kept for it, in a file that other users cannot read. Again: it takes the new ones and starts anew."""
-    from stoker.local.stack import worker_command
+    from stoker.local.stack import require_workers
 
     found = load_settings()
     environment = _environment(Service.of(found, name), model, url)
@@ -46,7 +46,7 @@ def install(
     drafts_of(settings)
     if name is not None:
         checked(Rule.JOB_ID, "name", name)
-    worker_command(settings, "any")  # refuses an installation that has no worker
+    require_workers()
     service, of = Service.of(settings, name), manager()
     print(f"{of.file}; settings in {service.environment_file}: {', '.join(sorted(environment))}", file=sys.stderr)
     if dry_run:

@@ -110,7 +110,8 @@ class Follower(Generic[E]):
         self._clock = clock
         self._limit, self._patience = TimeLimit(job_id, timeout, clock), Patience(settings)
         self._something_came = False
-        self._owned, self._began = False, clock()
+        #: Until the job has had an owner, or the reader has asked why it has none.
+        self._unexplained, self._began = True, clock()
         self.subscribed()
 
     @property
@@ -128,11 +129,12 @@ class Follower(Generic[E]):
         """Whether to ask the broker for the result and the entries that are due, instead of waiting for a message."""
         return self._look or self._clock() >= self._quiet_until
 
-    def waits_long(self) -> bool:
-        """Whether the job has had no owner for so many seconds that the reader should ask why. Once."""
-        if self._owned or self.next or self.outcome is not None or self._clock() - self._began < UNOWNED:
+    def asks_why(self) -> bool:
+        """Whether the job has had no owner for so many seconds that the reader asks why. True once."""
+        waits = self._unexplained and not self.next and self.outcome is None
+        if not waits or self._clock() - self._began < UNOWNED:
             return False
-        self._owned = True
+        self._unexplained = False
         return True
 
     def subscribed(self) -> None:
@@ -151,7 +153,7 @@ class Follower(Generic[E]):
         and for one that is done and whose stream has gone: no tokens would be another text."""
         self._patience.renew()
         record, known, rows = self._said(*replies)
-        self._owned |= known.owned
+        self._unexplained &= not known.owned
         entries = self.replay(rows)
         self._something_came |= bool(entries)
         if len(rows) == PAGE:

@@ -47,7 +47,7 @@ def _readable(notice: type[N], raw: Iterable[bytes | None]) -> list[N]:
 def is_served(model: str, kind: str, workers: Iterable[Presence]) -> bool:
     """Whether one of the workers takes jobs of that model and kind from this client, or will once it has loaded it."""
     cards = (card for worker in workers for card in (*worker.models, *worker.offers))
-    return any(card.model == model and kind in card.kinds and card.contract == CONTRACT for card in cards)
+    return any(card.takes(model, kind) for card in cards)
 
 
 def choose_model(model: str | None, ability: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:

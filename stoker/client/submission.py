@@ -17,11 +17,10 @@ from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, Reque
 from stoker.contract.dataset import ON_WORKER
 from stoker.contract.uploads import Upload
 from stoker.errors import InvalidRequest, QueueFull
+from stoker.traces import NONE, Trace
 
 if TYPE_CHECKING:
     from stoker.settings import Settings
-
-from stoker.traces import NONE, Trace
 
 P = TypeVar("P", bound=Pipeline)
 

@@ -51,6 +51,10 @@ class ModelCard(Notice):
     #: Why no worker holds it nor may load it any more; "": one does, or may come back that did.
     gone: Words = ""
 
+    def takes(self, model: str, kind: str) -> bool:
+        """Whether jobs of this model and kind go to it, from a client of this contract."""
+        return self.model == model and kind in self.kinds and self.contract == CONTRACT
+
     @property
     def abilities(self) -> tuple[str, ...]:
         """What it can do, in the words of `kinds.ABILITIES`."""

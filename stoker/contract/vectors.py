@@ -6,14 +6,13 @@ NumPy is loaded when the first vectors come: a client that only generates does w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 VectorType = Literal["float32", "float16", "int8"]
-VECTOR_TYPES: tuple[VectorType, ...] = get_args(VectorType)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Who may ask: anybody on loopback while there are no keys, else who has one, as often as it allows."""
+"""Who may ask: every program on loopback while there are no keys, else who has one, as often as it allows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Access(Protocol):
         """Count what an answer took."""
 
 
-class Anybody:
+class AnyCaller:
     """For tests, and for a client without a broker."""
 
     async def caller(self, headers: Mapping[str, str]) -> Caller:

@@ -19,7 +19,7 @@ from stoker.client.options import GenerateOptions
 from stoker.client.requests import Prompt
 from stoker.contract import GenerateResult, StreamToken, Usage
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, StokerError
-from stoker.gateway.calls import Call, NamedJob, check_owner
+from stoker.gateway.calls import Call, NamedJob, check_owner, sent
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event, EventResponse
 from stoker.gateway.waiting import Waiter
@@ -85,7 +85,8 @@ async def answered(call: Call, asked: Generation) -> ASGIApp:
     with ExitStack() as held:
         waiter = held.enter_context(call.waits(asked.client, store=asked.store))
         try:
-            job = await _found(call, asked) if call.named.resumed else await _sent(call, asked)
+            sending = _found(call, asked) if call.named.resumed else sent(call, asked.client, asked.send(call.named.id))
+            job = await sending
         except StokerError as error:
             raise asked.names.refusal(error) from None
         left = partial(waiter.left, job.cancel, partial(_taken, job))
@@ -104,13 +105,6 @@ def _until_the_end(held: ExitStack, response: ASGIApp) -> ASGIApp:
             await response(scope, receive, send)
 
     return answer
-
-
-async def _sent(call: Call, asked: Generation) -> AsyncGenerateJob:
-    job = await asked.send(call.named.id)
-    if call.named.given:
-        await check_owner(asked.client, call.named.id)
-    return job
 
 
 async def _found(call: Call, asked: Generation) -> AsyncGenerateJob:

@@ -20,7 +20,7 @@ from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
 from stoker.gateway.fields import Body, Items
 from stoker.gateway.sampling import GenerateBody, Texts
-from stoker.gateway.tools import Choice, call_id
+from stoker.gateway.tools import Choice, call_id, tool_options
 
 NAMES = Names({"stop": "stop_sequences", "json_schema": "tools", "adapter": "model"})
 _REASONS = {"length": "max_tokens", "context": "model_context_window_exceeded", "stop_string": "stop_sequence"}
@@ -57,12 +57,8 @@ class MessagesBody(GenerateBody):
 
     def options(self) -> GenerateOptions:
         options = self.sampling() | GenerateOptions(max_tokens=self.max_tokens, stop=self.stop_sequences)
-        schema = choice_of(self.tools, self.tool_choice).schema_beside(None, self.regex, "regex")
-        if schema is not None:
-            options["json_schema"] = schema
-        if self.tools:
-            options["tools"] = [tool.function.as_template() for tool in self.tools]
-        return options
+        schema = choice_of(self.tools, self.tool_choice).schema_of_answer(None, self.regex, "regex")
+        return options | tool_options([tool.function for tool in self.tools], schema)
 
     def conversation(self) -> list[dict[str, object]]:
         if self.messages[-1].role == "assistant":

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stoker.client._async.broker_link import AsyncBrokerLink
 from stoker.client._async.client import AsyncClient
 from stoker.gateway import anthropic, chat, completions, embeddings, listing, rerank, responses
-from stoker.gateway.access import Access, Anybody
+from stoker.gateway.access import Access, AnyCaller
 from stoker.gateway.answers import Generation, answered
 from stoker.gateway.batch_runner import Runner
 from stoker.gateway.batches import BatchEndpoints
@@ -63,7 +63,7 @@ class Gateway:
 
     client: AsyncClient
     names: frozenset[str] = frozenset()
-    access: Access = field(default_factory=Anybody)
+    access: Access = field(default_factory=AnyCaller)
     #: Whose broker keeps files and batches; None: that of `client`.
     broker: AsyncClient | None = None
     waiting: Waiting = field(init=False, default_factory=Waiting)

@@ -22,6 +22,7 @@ from stoker.gateway.fields import Body, parse
 from stoker.gateway.waiting import Waiter, Waiting
 
 B = TypeVar("B", bound=Body)
+J = TypeVar("J")
 
 #: Says what becomes of a job whose client goes away.
 LEAVING = "x-stoker-on-disconnect"
@@ -84,6 +85,14 @@ class Call:
             message = f"model: {brief(name, 160)} given; this key may use {allowed}."
             raise Refused(403, message, param="model", code="model_not_allowed")
         return base, adapter or None
+
+    def base(self, name: str, plural: str) -> str:
+        """The base that `name` is, where no adapter can be asked. `plural`: what cannot have one. Raises `Refused`."""
+        base, adapter = self.model(name)
+        if adapter is not None:
+            message = f"model: {brief(name, 160)} given; {plural} have no adapters. Name the base alone."
+            raise Refused(404, message, param="model", code="model_not_found")
+        return base
 
     def sender(self, user: str | None) -> AsyncClient:
         """The client under whose key the job is sent: that of the API key; where there are none, `user`."""
@@ -183,6 +192,14 @@ def keeps(headers: Mapping[str, str]) -> bool | None:
     if said not in (None, "cancel", "continue"):
         raise Refused(400, f"{LEAVING}: {brief(said)} given; allowed: cancel, continue.", code="invalid_value")
     return None if said is None else said == "continue"
+
+
+async def sent(call: Call, client: AsyncClient, job: Awaitable[J]) -> J:
+    """`job`, once `client` has sent it. Raises `Refused` for one of another client, whose id was given."""
+    found = await job
+    if call.named.given:
+        await check_owner(client, call.named.id)
+    return found
 
 
 async def check_owner(client: AsyncClient, job_id: str) -> None:

@@ -23,7 +23,7 @@ from stoker.gateway.fields import Body, Items
 from stoker.gateway.logprobs import all_logprobs, logprobs_of
 from stoker.gateway.messages import ChatMessageBody
 from stoker.gateway.sampling import OpenAIBody
-from stoker.gateway.tools import Choice, Tool, call_id, chosen
+from stoker.gateway.tools import Choice, Tool, call_id, chosen, tool_options
 from stoker.gateway.usage import finish_reason, usage_of
 
 NAMES = Names({"json_schema": "response_format", "adapter": "model", "template": "chat_template_kwargs"})
@@ -107,15 +107,11 @@ class ChatBody(OpenAIBody):
         room = MAX_ENTRIES // (max(1, self.n) * (1 + self.top_logprobs))
         options["max_tokens"] = min(most_tokens, max(1, room)) if asked is None else asked
         options["top_logprobs"] = self.top_logprobs
-        if self.tools:
-            options["tools"] = [tool.function.as_template() for tool in self.tools]
         if self.chat_template_kwargs:
             options["template"] = self.chat_template_kwargs
         asked_for = None if self.response_format is None else self.response_format.schema_of_answer()
-        schema = self.choice().schema_beside(asked_for, self.regex, "response_format or regex")
-        if schema is not None:
-            options["json_schema"] = schema
-        return options
+        schema = self.choice().schema_of_answer(asked_for, self.regex, "response_format or regex")
+        return options | tool_options([tool.function for tool in self.tools], schema)
 
     def choice(self) -> Choice:
         functions = [tool.function for tool in self.tools]

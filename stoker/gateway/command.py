@@ -43,8 +43,8 @@ def serve(settings: Settings, address: str, port: int, names: frozenset[str], sa
     required = not is_loopback(address)
     if required and not _has_keys(settings):
         raise ConfigError(
-            f"--address {address}: anybody who reaches it could send jobs. Without keys loopback alone may be served: "
-            "127.0.0.1 or ::1. Make a key first: stoker keys create NAME."
+            f"--address {address}: every program that reaches it could send jobs. Without keys loopback alone may be "
+            "served: 127.0.0.1 or ::1. Make a key first: stoker keys create NAME."
         )
     gateway = Gateway(client, names, Keyed(client, required=required))
     with listening(address, port) as listener:

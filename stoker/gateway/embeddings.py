@@ -18,7 +18,7 @@ from stoker.client.options import EmbedOptions
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
-from stoker.gateway.calls import Call, check_owner, parsed
+from stoker.gateway.calls import Call, parsed, sent
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.fields import Body, Items
 from stoker.gateway.waiting import Waiter
@@ -91,10 +91,7 @@ class Embedding:
 async def asked(call: Call) -> Embedding:
     """Raises `Refused`."""
     call, body = parsed(call, EmbeddingBody)
-    model, adapter = call.model(body.model)
-    if adapter is not None:
-        message = f"model: {brief(body.model, 160)} given; embeddings have no adapters. Name the base alone."
-        raise Refused(404, message, param="model", code="model_not_found")
+    model = call.base(body.model, "embeddings")
     return Embedding(call.sender(body.user), model, body, body.options())
 
 
@@ -105,9 +102,7 @@ async def answered(call: Call) -> Response:
         raise Refused(400, "Last-Event-ID: given for embeddings, which have no stream; leave it out.")
     with call.waits(embedding.client) as waiter:
         try:
-            job = await embedding.send(call.named.id)
-            if call.named.given:
-                await check_owner(embedding.client, call.named.id)
+            job = await sent(call, embedding.client, embedding.send(call.named.id))
         except StokerError as error:
             raise NAMES.refusal(error) from None
         left = partial(waiter.left, job.cancel, partial(_taken, job))

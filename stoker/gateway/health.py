@@ -15,7 +15,7 @@ from stoker.errors import StokerError
 from stoker.monitor import exposition
 from stoker.monitor.numbers import Numbers
 
-#: Seconds for which an answer of `/readyz` holds: anybody may ask, and the broker is asked for them once.
+#: Seconds for which an answer of `/readyz` holds: every program may ask, and the broker is asked for them once.
 HOLDS = 1.0
 #: Seconds that the broker has for its answer.
 WITHIN = 2.0

@@ -16,7 +16,7 @@ from stoker.contract import RerankResult
 from stoker.contract.shown import brief
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
-from stoker.gateway.calls import Call, check_owner, parsed
+from stoker.gateway.calls import Call, parsed, sent
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.fields import Body, Items
 from stoker.gateway.waiting import Waiter
@@ -68,10 +68,7 @@ class RerankBody(Body):
 async def answered(call: Call) -> Response:
     """Raises `Refused`."""
     call, body = parsed(call, RerankBody)
-    model, adapter = call.model(body.model)
-    if adapter is not None:
-        message = f"model: {brief(body.model, 160)} given; rerankers have no adapters. Name the base alone."
-        raise Refused(404, message, param="model", code="model_not_found")
+    model = call.base(body.model, "rerankers")
     if call.named.resumed:
         raise Refused(400, "Last-Event-ID: given for reranking, which has no stream; leave it out.")
     result = await _ranked(call, body, model)
@@ -90,9 +87,8 @@ async def _ranked(call: Call, body: RerankBody, model: str) -> RerankResult:
     client = call.sender(body.user)
     with call.waits(client) as waiter:
         try:
-            job = await client.rerank(body.query, body.documents, model=model, job_id=call.named.id, **body.options())
-            if call.named.given:
-                await check_owner(client, call.named.id)
+            ranking = client.rerank(body.query, body.documents, model=model, job_id=call.named.id, **body.options())
+            job = await sent(call, client, ranking)
         except StokerError as error:
             raise NAMES.refusal(error) from None
         left = partial(waiter.left, job.cancel, partial(_taken, job))

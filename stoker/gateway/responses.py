@@ -16,7 +16,7 @@ from stoker.gateway.fields import Body, Items
 from stoker.gateway.response_form import Asked, ResponsesForm
 from stoker.gateway.response_items import FunctionTool, Item, TextFormat, choice_of, conversation_of, items_of
 from stoker.gateway.sampling import TIERS, GenerateBody
-from stoker.gateway.tools import Choice, chosen
+from stoker.gateway.tools import Choice, chosen, tool_options
 
 NAMES = Names({"max_tokens": "max_output_tokens", "json_schema": "text", "adapter": "model", "messages": "input"})
 _STORED = "nothing is stored here; send the whole conversation as input"
@@ -35,7 +35,7 @@ class ResponsesBody(GenerateBody):
         "conversation": _STORED,
         "image": "models here write texts alone; leave it out",
         "include": "leave it out",
-        "max_tool_calls": "there are no tools but functions, which the client calls; leave it out",
+        "max_tool_calls": "functions, which the client calls, are the only tools; leave it out",
         "metadata": "nothing is stored that it could be found by; leave it out",
         "moderation": "leave it out",
         "previous_response_id": _STORED,
@@ -81,12 +81,8 @@ class ResponsesBody(GenerateBody):
         options = self.sampling()
         limit = min(most_tokens, MAX_ENTRIES)
         options["max_tokens"] = limit if self.max_output_tokens is None else self.max_output_tokens
-        schema = self.choice().schema_beside(self.text.format.schema_of_answer(), self.regex, "text.format or regex")
-        if schema is not None:
-            options["json_schema"] = schema
-        if self.tools:
-            options["tools"] = [tool.function.as_template() for tool in self.tools]
-        return options
+        schema = self.choice().schema_of_answer(self.text.format.schema_of_answer(), self.regex, "text.format or regex")
+        return options | tool_options([tool.function for tool in self.tools], schema)
 
     def conversation(self) -> list[dict[str, object]]:
         first: list[dict[str, object]] = []

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from stoker.client.options import GenerateOptions
 from stoker.contract.freeform import MAX_DEPTH
 from stoker.contract.parts import ArgumentsReader, Reader, TextReader
 from stoker.contract.reasoning import ReasoningReader
@@ -62,9 +63,9 @@ class Choice:
             return next(function.schema_of_arguments for function in self.functions if function.name == self.name)
         return {"anyOf": [_call_schema(function, at) for at, function in enumerate(self.functions)]}
 
-    def schema_beside(self, asked: dict[str, Any] | None, regex: str | None, rules: str) -> dict[str, Any] | None:
-        """The schema of the answer, for which the request asks for `asked`. `rules`: the fields that say what an answer
-        looks like. Raises `Refused`."""
+    def schema_of_answer(self, asked: dict[str, Any] | None, regex: str | None, rules: str) -> dict[str, Any] | None:
+        """The schema that the answer has: `asked`, as the request says it, or that of a call. `rules`: the fields by
+        which a request says what an answer looks like. Raises `Refused` where both are asked for."""
         if self.mode == "none":
             return asked
         if asked is not None or regex is not None:
@@ -83,6 +84,16 @@ class Choice:
             return ArgumentsReader(self.name)
         schemas = {function.name: function.schema_of_arguments for function in self.functions}
         return CallReader(schemas, parallel=self.parallel)
+
+
+def tool_options(functions: Sequence[Function], schema: dict[str, Any] | None) -> GenerateOptions:
+    """What a job is asked that may call `functions`, and whose answer has to fit `schema`, if that is not None."""
+    options = GenerateOptions()
+    if functions:
+        options["tools"] = [function.as_template() for function in functions]
+    if schema is not None:
+        options["json_schema"] = schema
+    return options
 
 
 #: Keywords whose value has schemas under names.

@@ -27,13 +27,13 @@ from stoker.settings import Settings
 
 FLOWER_PORT = 5555
 GATEWAY_PORT = 8000
-#: Seconds that it gets to end its requests, and a few more.
+#: Seconds that the gateway gets to end its requests, and a few more.
 GATEWAY_GRACE = 8.0
-#: Seconds. Downloading a model may take long, so only silence of the process itself ends the waiting.
+#: Seconds between two looks. Nothing limits their number: a download may take long, and a process that fails ends.
 POLL = 0.1
 #: Seconds between a worker's end and its restart: enough not to spin when something is broken for good.
 RESTART_PAUSE = 2.0
-#: Until which it doubles with each worker that ends before it is warm.
+#: Seconds at most: the pause doubles with each worker that ends before it is warm.
 LONGEST_PAUSE = 60.0
 #: Seconds between two looks at the size of the broker's append-only file.
 COMPACT_EVERY = 60.0
@@ -67,6 +67,8 @@ class Stack:
         self.worker_name, self._node = "", ""
         self._before: set[str] = set()
         self._name: IO[str] | None = None
+        #: Of `watch`: whether the worker has been warm since it was started, and the pause before another one.
+        self._is_warm, self._pause = False, RESTART_PAUSE
 
     def start(self) -> None:
         """Start what is missing; returns at once, `wait_until_warm` waits."""
@@ -167,39 +169,52 @@ class Stack:
             self._watch(client, report)
 
     def _watch(self, client: Client, report: Callable[[str], None]) -> None:
-        assert self.worker is not None
-        compacted, warm, pause = time.monotonic(), True, RESTART_PAUSE
+        self._is_warm, self._pause = True, RESTART_PAUSE
+        compacted = time.monotonic()
         while True:
             time.sleep(POLL)
-            if self._broker is not None and not self._broker.alive:
-                raise BrokerUnavailable(f"the embedded broker ended; see {self.settings.logs / 'broker.log'}.")
-            if self.joined is not None and not self._first_runs():
-                raise BrokerUnavailable(
-                    f"the `stoker up` that this one had joined (process {self.joined}) has ended, and its broker with "
-                    "it: this worker ends too. Jobs stay for the next `stoker up`."
-                )
+            self._check_broker()
             if self._broker is not None and time.monotonic() - compacted >= COMPACT_EVERY:
                 self._broker.compact()
                 compacted = time.monotonic()
-            for name, extra in list(self._extras.items()):
-                if extra.returncode is not None:
-                    del self._extras[name]
-                    said = f"{name} ended (exit code {extra.returncode}), see {extra.log}; jobs go on without it"
-                    report(said)
+            self._report_extras(report)
             try:
-                if self.worker.returncode is not None:
-                    why = f"exit code {self.worker.returncode}" if warm else f"not warm yet: {_error_of(self.worker)}"
-                    report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {pause:.0f} s"))
-                    time.sleep(pause)
-                    self.start_worker()
-                    warm, pause = False, min(2 * pause, LONGEST_PAUSE)
-                elif not warm and self._warm(client) is not None:
-                    warm, pause = True, RESTART_PAUSE
-                    report("a worker is warm again")
+                self._tend_worker(client, report)
             except BrokerUnavailable as error:
                 # One that ended, of ours or of the one that was joined, is seen above; another comes back.
                 report(f"{error} Trying again")
                 time.sleep(RESTART_PAUSE)
+
+    def _check_broker(self) -> None:
+        """Raises `BrokerUnavailable` for one of this machine that has ended."""
+        if self._broker is not None and not self._broker.alive:
+            raise BrokerUnavailable(f"the embedded broker ended; see {self.settings.logs / 'broker.log'}.")
+        if self.joined is not None and not self._first_runs():
+            raise BrokerUnavailable(
+                f"the `stoker up` that this one had joined (process {self.joined}) has ended, and its broker with "
+                "it: this worker ends too. Jobs stay for the next `stoker up`."
+            )
+
+    def _report_extras(self, report: Callable[[str], None]) -> None:
+        """Those that have ended, once each."""
+        for name, extra in list(self._extras.items()):
+            if extra.returncode is not None:
+                del self._extras[name]
+                report(f"{name} ended (exit code {extra.returncode}), see {extra.log}; jobs go on without it")
+
+    def _tend_worker(self, client: Client, report: Callable[[str], None]) -> None:
+        """Start another worker in place of one that has ended, after a pause."""
+        assert self.worker is not None
+        warm, code = self._is_warm, self.worker.returncode
+        if code is not None:
+            why = f"exit code {code}" if warm else f"not warm yet: {_error_of(self.worker)}"
+            report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {self._pause:.0f} s"))
+            time.sleep(self._pause)
+            self.start_worker()
+            self._is_warm, self._pause = False, min(2 * self._pause, LONGEST_PAUSE)
+        elif not warm and self._warm(client) is not None:
+            self._is_warm, self._pause = True, RESTART_PAUSE
+            report("a worker is warm again")
 
     def _first_runs(self) -> bool:
         running = self.settings.running_broker
@@ -261,8 +276,8 @@ def wait_for_broker(settings: Settings, report: Callable[[str], None]) -> None:
         client.close()
 
 
-def _require_workers() -> None:
-    """Raises `ConfigError` where workers are not to be had."""
+def require_workers() -> None:
+    """Raises `ConfigError` for an installation that has no worker."""
     if importlib.util.find_spec("workers") is None or importlib.util.find_spec("mlx") is None:
         raise ConfigError(
             "this installation has the client alone. Workers run from a checkout: clone Stoker, then `make venv`; "
@@ -272,13 +287,13 @@ def _require_workers() -> None:
 
 def rank_command() -> list[str]:
     """A rank of a group behind its first one. Raises `ConfigError`."""
-    _require_workers()
+    require_workers()
     return [sys.executable, "-m", "workers.rank"]
 
 
 def celery_command(command: str) -> list[str]:
     """How to run one of Celery's commands on the worker's app; raises `ConfigError` where the app is not to be had."""
-    _require_workers()
+    require_workers()
     # Flower takes the arguments of Celery's own module for its own.
     module = "workers" if command == "worker" else "celery"
     # Quiet: without the banner, which shows of a broker's URL what its readers take for a user.

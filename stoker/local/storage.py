@@ -63,17 +63,18 @@ def _limits(settings: Settings) -> dict[str, str]:
 
 def old_logs(settings: Settings, before: float) -> list[Leftover]:
     """Logs that were last written before that moment, in seconds since the epoch, and whose writers have ended."""
-    found = []
-    logs = settings.logs
-    for path in sorted(logs.iterdir()) if logs.is_dir() else []:
-        # A worker that turns its logs over, or another clean, may delete one meanwhile.
-        with suppress(FileNotFoundError):
-            if path.is_file() and not path.is_symlink() and path.stat().st_mtime < before:
-                size = bytes_of(path)
-                with _unwritten(path) as free:
-                    if free:
-                        found.append(Leftover(path, "a log that nothing writes", size))
-    return found
+    paths = sorted(settings.logs.iterdir()) if settings.logs.is_dir() else []
+    return [found for path in paths if (found := _old_log(path, before)) is not None]
+
+
+def _old_log(path: Path, before: float) -> Leftover | None:
+    # A worker that turns its logs over, or another clean, may delete it meanwhile.
+    with suppress(FileNotFoundError):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mtime < before:
+            size = bytes_of(path)
+            with _unwritten(path) as free:
+                return Leftover(path, "a log that nothing writes", size) if free else None
+    return None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-#: The label of what is not known by name here: else anybody who sends could make series without end.
+#: The label of what is not known by name here: else every client could make series without end.
 OTHER = "other"
 #: The label that every metric of a worker has, before its own: the name that the worker keeps when it is started again.
 WORKER_LABEL = "worker"

@@ -56,7 +56,8 @@ class Mirror:
         self.jobs: dict[str, MirroredJob] = {}
         #: Job id → curve, the oldest first; those that have ended stay for a while.
         self.runs: dict[str, Curve] = {}
-        self._names: dict[str, Known] = {}
+        #: Job id → what is known of it, for each of `runs`.
+        self._known_runs: dict[str, Known] = {}
         #: (model, kind) → jobs that were seen to be cancelled while they waited.
         self.cancelled: Counter[tuple[str, str]] = Counter()
 
@@ -100,7 +101,7 @@ class Mirror:
         if job.worker and job.worker != was:
             notices.append(Started(job_id, job.worker, self.now))
             if known.kind == TRAIN.name:
-                self._names[job_id] = known
+                self._known_runs[job_id] = known
                 self.runs.setdefault(job_id, Curve())
         elif was and not job.worker:
             notices.append(WaitsAgain(job_id, self.now, said.crashes))
@@ -114,10 +115,10 @@ class Mirror:
             self.cancelled[line.model, line.kind] += 1
         ended = [run for run in self.runs if run not in self.jobs]
         for run in ended[:-ENDED_RUNS]:
-            del self.runs[run], self._names[run]
+            del self.runs[run], self._known_runs[run]
         return [Ended(job_id, state, self.now, error)]
 
-    def forget(self, job_id: str, state: str, error: str) -> list[TaskNotice]:
+    def end_unseen(self, job_id: str, state: str, error: str) -> list[TaskNotice]:
         """A job that ended while nobody watched."""
         return [Ended(job_id, state, self.now, error)]
 
@@ -147,7 +148,7 @@ class Mirror:
         return found
 
     def run_of(self, job_id: str) -> Known:
-        return self._names[job_id]
+        return self._known_runs[job_id]
 
     def owned(self, kind: str) -> list[str]:
         """Ids of the jobs of one kind that some worker owns."""

@@ -58,7 +58,7 @@ class QueueLengths(BaseApiHandler):
 
 
 class Broker(BaseHandler):
-    """Every queue of the fleet's models, whichever lanes are full just now."""
+    """Every queue of the fleet's models, also where lanes are full just now."""
 
     def initialize(self, watch: Watch, shown: str) -> None:
         self._watch, self._shown = watch, shown

@@ -92,7 +92,7 @@ class JobMemory(EventsState):
         self.strangers: set[str] = set()
 
     def event(self, event: Any) -> None:
-        """What Celery reports. Anybody who reaches the broker may report: what cannot be read is left out."""
+        """What Celery reports. Every program that reaches the broker may report: what cannot be read is left out."""
         try:
             super().event(event)
             if event["type"].startswith("task-") and self.tasks.data[event["uuid"]].sent is None:

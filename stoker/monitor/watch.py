@@ -221,7 +221,7 @@ class Watch:
         heads = await self._ask([_head(job_id) for job_id in lost])
         for (job_id, said), head in zip(await self._records(lost), heads, strict=True):
             if head or said is None:
-                self._notices += self.mirror.forget(job_id, *ending(head if isinstance(head, bytes) else None))
+                self._notices += self.mirror.end_unseen(job_id, *ending(head if isinstance(head, bytes) else None))
 
     async def _records(self, ids: Sequence[str]) -> list[tuple[str, Any]]:
         replies = await self._ask([watched(job_id).send for job_id in ids])

@@ -260,7 +260,7 @@ def check_gradient(run: Trainer) -> None:
     batch = _arrays(collate(examples(), 1))
 
     def loss(weights_: mx.array) -> mx.array:
-        return run.training_loss(weights_, mx.array([0, 1], dtype=mx.uint32), *batch)
+        return run.objective.training_loss(weights_, mx.array([0, 1], dtype=mx.uint32), *batch)
 
     slopes = []
     for share in (1.0, 0.9, 0.8):
@@ -270,6 +270,7 @@ def check_gradient(run: Trainer) -> None:
         step = 0.02 / size * gradient / size
         slopes.append(float((loss(point + step) - loss(point - step)) / 0.04))
     assert any(abs(slope - 1.0) < 0.1 for slope in slopes), f"{slopes} of the slope"
-    run.request = run.request.model_copy(update={"gradient_checkpointing": True})
+    saving = run.request.model_copy(update={"gradient_checkpointing": True})
+    run.objective.request = saving
     apart = float(mx.max(mx.abs(mx.grad(loss)(point) - gradient)))
     assert apart < 1e-3 * max(1.0, float(mx.max(mx.abs(gradient)))), f"{apart} apart where inputs alone are kept"

@@ -215,7 +215,7 @@ def test_what_is_deleted_is_out_of_sight_on_disk_before_its_files_go(
 def test_a_disk_that_takes_nothing_more_leaves_the_last_checkpoint_and_says_why(
     model: LoadedModel, tmp_path: Path, error: int
 ) -> None:
-    """Whichever call it refuses first. The quick form of the test that trains on a full disk."""
+    """No matter which call it refuses first. The quick form of the test that trains on a full disk."""
     weights = tiny.adapter(model, 2, 1, targets=("q_proj",))
     mx.eval(weights.matrices)
     Checkpoints(tmp_path, MADE_OF).save(state(1), weights)

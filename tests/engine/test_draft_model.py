@@ -1,4 +1,4 @@
-"""A draft model: what it says of rows, whichever it is, their tokens are those of ordinary decoding."""
+"""A draft model: no matter what it says of rows, their tokens are those of ordinary decoding."""
 
 from __future__ import annotations
 

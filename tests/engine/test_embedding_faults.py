@@ -1,4 +1,4 @@
-"""One bad text hurts its own job alone, whichever call fails and whichever jobs run."""
+"""One bad text hurts its own job alone, no matter which call fails and which jobs run."""
 
 from __future__ import annotations
 

@@ -19,8 +19,9 @@ from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.models import joint
 from engine.models.cache import KeyValues
-from engine.models.joint import PADDING, SMALLEST, JointKeyValues
+from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
+from engine.models.segments import PADDING, SMALLEST
 from tests.engine import tiny
 from tests.engine.test_generate_lane import MODES, adapters, check_traffic
 from tests.thorough import quick

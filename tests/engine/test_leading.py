@@ -166,7 +166,7 @@ def mixed(leading: Leading) -> None:
 
 
 def late(leading: Leading) -> None:
-    """The row that came last makes way, in whichever order they were admitted."""
+    """The row that came last makes way, in any order in which they were admitted."""
     first, last = (leading.prepared(priority=8, max_tokens=20, seed=seed, temperature=1.0) for seed in (1, 2))
     leading.lane.admit(last)
     leading.lane.admit(first)

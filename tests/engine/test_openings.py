@@ -19,9 +19,10 @@ from engine.generation.row import Row
 from engine.models import openings
 from engine.models.buckets import bucket
 from engine.models.cache import KeyValues
-from engine.models.joint import PADDING, SMALLEST, JointKeyValues
+from engine.models.joint import JointKeyValues
 from engine.models.llama import Llama
 from engine.models.openings import FEWEST, Kept, Opening, Share, Span, own_lengths, share
+from engine.models.segments import PADDING, SMALLEST
 from engine.ticket import Ticket
 from kernels import backend
 from kernels.emulator import build

@@ -422,9 +422,9 @@ def test_one_model_s_pins_are_not_another_s(tmp_path: Path) -> None:
     at = place(tmp_path, 2)
     pin(at, 1)
     pin(at, 2, 3, owner=OTHER)
-    assert [at.pinned_bytes(but=owner) for owner in (OWNER, OTHER, "")] == [2000, 1000, 3000]
+    assert [at.pinned_bytes(without=owner) for owner in (OWNER, OTHER, "")] == [2000, 1000, 3000]
     pin(at)
-    assert at.pinned_bytes(but="") == 2000
+    assert at.pinned_bytes(without="") == 2000
 
 
 def test_pins_whose_model_is_long_gone_keep_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from engine.checkpoints.loading import LoadedModel
 from engine.platform.jsonfiles import NOTES_FILE
-from engine.training import carried, trainer
+from engine.training import carried, objective, trainer
 from engine.training.checkpoint import Checkpoints
 from engine.training.data import TokenizedExample, collate, with_steps
 from engine.training.guard import divergence
@@ -146,7 +146,7 @@ def test_only_a_step_that_is_better_than_all_before_is_kept_as_the_best(
         saved.append(step)
         plain(checkpoints, step, adapter)
 
-    monkeypatch.setattr(trainer.Trainer, "held_out_loss", held_out_loss)
+    monkeypatch.setattr(objective.Objective, "held_out_loss", held_out_loss)
     monkeypatch.setattr(Checkpoints, "save_best", save_best)
     done = Opened(model, tmp_path, **{**OPTIONS, "eval_every": 1}).advance()
     assert [report.held_out_loss for report in done.reports] == [3.0, 2.0, 2.5, 1.0, 1.0]

@@ -83,7 +83,7 @@ def test_what_is_slow_without_a_load_is_not_held_against_one() -> None:
         running.step()
     running.step(0.08)
     running.load(0.15)
-    assert running.steps_until_free() == 1, "all but one in a hundred took up to half as long"
+    assert running.steps_until_free() == 1, "all except one in a hundred took up to half as long"
 
 
 def test_what_steps_took_is_forgotten_behind_two_hundred_others() -> None:

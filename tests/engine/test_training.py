@@ -17,8 +17,10 @@ from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, TrainableLor
 from engine.checkpoints.loading import LoadedModel
 from engine.models.decoder import DecoderBlock
 from engine.models.llama import Llama
+from engine.training import objective
 from engine.training import trainer as trainer_module
 from engine.training.data import TokenizedExample, tokenize
+from engine.training.objective import Objective
 from engine.training.optimizer import Moments
 from engine.training.state import TrainState
 from engine.training.trainer import Trainer
@@ -182,10 +184,10 @@ def test_the_matrices_of_a_run_come_in_what_the_model_computes_in(
             assert scale == (4.0 if dora else 1.0)
             super().__init__(matrices, scale, **options)
 
-    monkeypatch.setattr(trainer_module, "TrainableLora", Noted)
+    monkeypatch.setattr(objective, "TrainableLora", Noted)
     monkeypatch.setattr(type(model.decoder), "dtype", mx.bfloat16)
     ids = mx.array([[3, 4]], mx.int32)
-    trainer.held_out_loss(trainer.state.weights, ids, mx.array([0]), mx.array([4]), mx.array([1.0]))
+    trainer.objective.held_out_loss(trainer.state.weights, ids, mx.array([0]), mx.array([4]), mx.array([1.0]))
     start = next(iter(trainer.adapter().matrices.values()))["a"]
     found = given[0]["a"]
     assert found.dtype == (mx.float32 if dora else mx.bfloat16)
@@ -341,8 +343,8 @@ def test_a_run_that_diverges_again_and_again_ends_and_says_what_to_do(model: Loa
     assert trainer.state.rate_factor == 0.25
 
 
-class Overflowing(Trainer):
-    """What it holds out has a loss that is no number in as many batches as a test says."""
+class Overflowing(Objective):
+    """What is held out has a loss that is no number in as many batches as a test says."""
 
     bad = 0
 
@@ -354,24 +356,36 @@ class Overflowing(Trainer):
         return loss * float("nan")
 
 
+def bad_batches(trainer: Trainer, count: int) -> None:
+    assert isinstance(trainer.objective, Overflowing)
+    trainer.objective.bad = count
+
+
+@pytest.fixture
+def overflowing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "Objective", Overflowing)
+
+
+@pytest.mark.usefixtures("overflowing")
 def test_a_step_whose_held_out_loss_is_no_number_is_one_that_diverges(model: LoadedModel) -> None:
     """It ended the run with an error of the report's. The next loss would have been none either."""
     found = examples(model)
     asked = tiny.asking(steps=4, eval_every=1, held_out=0.4, batch_size=4, checkpoint_every=2)
-    trainer = Overflowing(model.decoder, asked, found[:2], found[2:])
+    trainer = Trainer(model.decoder, asked, found[:2], found[2:])
     reports: list[TrainReport] = []
     for report in trainer.run():
         if report:
             reports.append(report)
-            trainer.bad = int([report.step for report in reports] == [1, 2])
+            bad_batches(trainer, int([report.step for report in reports] == [1, 2]))
     assert [(report.index, report.step) for report in reports] == list(enumerate([1, 2, 2, 3, 4]))
     assert reports[2].note == "diverged at step 3: held-out loss nan; rolled back to step 2, learning rate times 0.5"
     assert trainer.state.best_loss == min(report.held_out_loss for report in reports if report.held_out_loss)
 
 
+@pytest.mark.usefixtures("overflowing")
 def test_a_run_whose_held_out_loss_is_never_a_number_ends_and_says_so(model: LoadedModel) -> None:
     found = examples(model)
-    trainer = Overflowing(model.decoder, tiny.asking(held_out=0.4, batch_size=4), found[:2], found[2:])
-    trainer.bad = 3
+    trainer = Trainer(model.decoder, tiny.asking(held_out=0.4, batch_size=4), found[:2], found[2:])
+    bad_batches(trainer, 3)
     with pytest.raises(JobFailed, match=r"diverged at step 3: held-out loss nan; it was rolled back 2 times before"):
         finish(trainer)

@@ -209,7 +209,7 @@ def test_a_turn_that_cannot_be_distinguished_is_refused_by_the_examples_number(m
 
 def test_messages_for_a_model_without_a_template_are_refused(model: LoadedModel) -> None:
     messages = ({"role": "user", "content": "t3"}, {"role": "assistant", "content": "t4"})
-    with pytest.raises(DatasetError, match="example 1: messages given, but the model has no chat template"):
+    with pytest.raises(DatasetError, match="example 1: messages given, and the model has no chat template"):
         tokenize([Example(messages=messages)], model.tokenizer, 64)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.ticket import Ticket
+from engine.training import run as run_module
 from engine.training.lane import TrainLane
 from engine.training.trainer import Trainer
 from stoker.contract import TrainReport
@@ -189,20 +191,18 @@ def test_a_run_that_ended_and_is_delivered_again_ends_the_same(model: LoadedMode
     assert [path.name for path in (tmp_path / "adapters/tiny/style").iterdir()] == ["1"]
 
 
-def nan_from_step_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Trainer.loss
-
-    def loss(self: Trainer, *arguments: Any) -> Any:
-        return plain(self, *arguments) * (1.0 if self.state.step < 1 else float("nan"))
-
-    monkeypatch.setattr(Trainer, "loss", loss)
+class NanFromStep2(Trainer):
+    def _micro_step(self) -> None:
+        super()._micro_step()
+        if self.state.step:
+            self.state = replace(self.state, loss_sum=float("nan"))
 
 
 def test_a_run_that_diverges_fails_alone_and_keeps_its_history(
     monkeypatch: pytest.MonkeyPatch, lane: TrainLane, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as patch:
-        nan_from_step_2(patch)
+        patch.setattr(run_module, "Trainer", NanFromStep2)
         failing, other = admit(lane, "a", steps=5), admit(lane, "b", steps=1)
         while not failing.done:
             turn(lane)

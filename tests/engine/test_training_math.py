@@ -54,7 +54,7 @@ def test_padding_does_not_change_a_loss(tiny_llama: Llama) -> None:
     def loss(examples: list[TokenizedExample], align: int) -> float:
         batch = collate(examples, align)
         arrays = batch.inputs, batch.positions, batch.targets, batch.weights
-        return float(np.array(trainer.held_out_loss(trainer.state.weights, *arrays)))
+        return float(np.array(trainer.objective.held_out_loss(trainer.state.weights, *arrays)))
 
     apart = sum(loss([row], 1) for row in rows)
     assert loss(rows, 1) == pytest.approx(apart, abs=1e-4)
@@ -86,7 +86,7 @@ def test_gradients_are_central_differences_in_float64(options: dict[str, Any], b
     # Not at the start, where B is zero and A has no slope; and with norms that DoRA has moved.
     weights = trainer.state.weights + 0.05 * mx.random.normal(trainer.state.weights.shape)
     batch, key = collate(ROWS), mx.array([1, 2], mx.uint32)
-    value, slope = mx.value_and_grad(trainer.training_loss)(
+    value, slope = mx.value_and_grad(trainer.objective.training_loss)(
         weights, key, batch.inputs, batch.positions, batch.targets, batch.weights
     )
     matrices, slopes = (

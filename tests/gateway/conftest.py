@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx2
 import openai
 import pytest
 
@@ -49,6 +51,19 @@ def fake() -> AsyncFakeClient:
 def served(running: Served, fake: AsyncFakeClient) -> Served:
     running.over(Gateway(fake))
     return running
+
+
+@pytest.fixture
+def http(served: Served) -> Iterator[httpx2.Client]:
+    """Requests as they are, to a gateway over `fake`."""
+    with httpx2.Client(base_url=served.url, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def settings(broker: Settings, tmp_path: Path) -> Settings:
+    """Of a gateway over `broker`, whose files lie in a home of the test's own."""
+    return broker.model_copy(update={"home": tmp_path / "home"})
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -19,7 +18,6 @@ import pytest
 from stoker import AsyncClient
 from stoker.broker import keys
 from stoker.broker.batches import Batches, BatchRecord, Lease
-from stoker.broker.connection import connect
 from stoker.broker.ledger.ending import DISCARDED
 from stoker.client.asked import generation_share
 from stoker.client.chunks import LONGEST_PAUSE
@@ -40,18 +38,6 @@ from tests.gateway.machinery import Served
 from tests.gateway.test_keys import made
 
 URL: Final = "/v1/chat/completions"
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    found = connect(broker)
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def settings(broker: Settings, tmp_path: Path) -> Settings:
-    return broker.model_copy(update={"home": tmp_path / "home"})
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from stoker.contract import Presence
 from stoker.contract.base import parse_adapter
 from stoker.errors import InvalidRequest
 from stoker.gateway import batch_lines, health, listing
-from stoker.gateway.access import Anybody
+from stoker.gateway.access import AnyCaller
 from stoker.gateway.app import Gateway
 from stoker.gateway.batch_lines import lines_of
 from stoker.gateway.calls import Caller
@@ -72,7 +72,7 @@ def test_a_model_that_a_caller_may_not_use_is_not_there(name: str) -> None:
     assert (refused.value.status, refused.value.param, refused.value.code) == (404, "model", "model_not_found")
 
 
-class OfBase(Anybody):
+class OfBase(AnyCaller):
     """A key that may use one model."""
 
     async def caller(self, headers: Mapping[str, str]) -> Caller:

@@ -18,7 +18,6 @@ from starlette.datastructures import FormData
 
 from stoker import AsyncClient
 from stoker.broker import keys
-from stoker.broker.connection import connect
 from stoker.broker.stored_files import FileRecord, StoredFiles
 from stoker.files import contents
 from stoker.files.contents import LOCAL
@@ -34,18 +33,6 @@ from tests.gateway.test_keys import made
 
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 LINES = b'{"custom_id": "a"}\n'
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    found = connect(broker)
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def settings(broker: Settings, tmp_path: Path) -> Settings:
-    return broker.model_copy(update={"home": tmp_path / "home"})
 
 
 @contextmanager

@@ -30,12 +30,6 @@ BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hello"}]}
 PATH = "/v1/chat/completions"
 
 
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=served.url, timeout=20) as client:
-        yield client
-
-
 @pytest.mark.parametrize(
     ("host", "status"),
     [("127.0.0.1:1", 200), ("localhost", 200), ("[::1]:80", 200), ("LOCALHOST.", 200), ("10.0.0.7", 200),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -26,12 +25,6 @@ from tests.monitor.scraped import Scrape
 from tests.monitor.test_overview import card, presence
 
 PATH = "/v1/chat/completions"
-
-
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=served.url, timeout=20) as client:
-        yield client
 
 
 def test_a_broker_that_does_not_answer_at_once_is_away(monkeypatch: pytest.MonkeyPatch) -> None:

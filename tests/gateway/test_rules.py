@@ -767,11 +767,11 @@ def test_an_answer_that_has_to_be_a_call_has_its_schema_and_no_other() -> None:
         "required": ["name", "arguments"], "additionalProperties": False,
     }  # fmt: skip
     assert Choice("auto", tuple(FUNCTIONS)).schema is None
-    assert Choice().schema_beside({"type": "string"}, "a+", "x") == {"type": "string"}
+    assert Choice().schema_of_answer({"type": "string"}, "a+", "x") == {"type": "string"}
     for choice in (named, Choice("auto", tuple(FUNCTIONS))):
-        assert choice.schema_beside(None, None, "x") == choice.schema
-        assert refusal(lambda: choice.schema_beside({}, None, "x")).param == "tool_choice"  # noqa: B023
-        assert refusal(lambda: choice.schema_beside(None, "a+", "x")).param == "tool_choice"  # noqa: B023
+        assert choice.schema_of_answer(None, None, "x") == choice.schema
+        assert refusal(lambda: choice.schema_of_answer({}, None, "x")).param == "tool_choice"  # noqa: B023
+        assert refusal(lambda: choice.schema_of_answer(None, "a+", "x")).param == "tool_choice"  # noqa: B023
 
 
 def test_a_function_is_described_to_the_template_whole() -> None:

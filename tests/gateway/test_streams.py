@@ -21,7 +21,7 @@ from stoker.client.in_memory.answers import generated
 from stoker.contract import Usage
 from stoker.errors import StokerError
 from stoker.gateway import command, events
-from stoker.gateway.access import Anybody
+from stoker.gateway.access import AnyCaller
 from stoker.gateway.app import Gateway
 from stoker.gateway.calls import Caller
 from stoker.gateway.errors import TABLE, Names
@@ -37,12 +37,6 @@ TEXT = "It was a dark night."
 
 def status(fake: AsyncFakeClient, number: int = 0) -> JobStatus:
     return fake._memory.job(fake.sent.jobs[number].job_id).status  # noqa: SLF001  asked from another thread
-
-
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=served.url, timeout=20) as client:
-        yield client
 
 
 def lines(response: httpx2.Response, most: int) -> list[str]:
@@ -100,8 +94,8 @@ def test_a_client_that_leaves_while_it_waits_for_the_whole_cancels_its_job_unles
     assert status(fake) is ends
 
 
-class Counting(Anybody):
-    """Lets anybody in, and keeps what each answer took."""
+class Counting(AnyCaller):
+    """Lets every client in, and keeps what each answer took."""
 
     def __init__(self) -> None:
         self.spent: list[int] = []

@@ -1,4 +1,4 @@
-"""A process that only watches takes no message back, whichever way it reaches the broker."""
+"""A process that only watches takes no message back, by any way in which it reaches the broker."""
 
 from __future__ import annotations
 

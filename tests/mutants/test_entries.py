@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +22,11 @@ def test_every_mistake_can_be_planted_and_names_tests_that_exist() -> None:
 def test_each_mistake_has_a_name_of_its_own() -> None:
     names = [(mutant.file, mutant.name) for mutant in mutants()]
     assert len(set(names)) == len(names)
+
+
+def test_no_mistake_is_planted_twice() -> None:
+    edits = Counter((mutant.file, mutant.old, mutant.new) for mutant in mutants())
+    assert not [edit for edit, times in edits.items() if times > 1]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError
 
 from stoker.local.broker import free_port, server_binary
 from stoker.settings import Settings
-from tests.conftest import wait_until
+from tests.stoker.clocked import started
 
 TEMPLATE = Path(__file__).parent.parent.parent / "deploy" / "acl" / "users.acl.template"
 ROLES = ("admin", "client", "operator", "worker", "flower", "replica", "sentinel")
@@ -52,19 +50,6 @@ def guarded_broker(folder: Path) -> Iterator[Guarded]:
     (folder / "users.acl").write_text(rights())
     command = [str(server_binary()), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", "",
                "--aclfile", str(folder / "users.acl")]  # fmt: skip
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     admin: Any = redis.Redis(port=port, username="admin", password="admin-password", decode_responses=True)
-    try:
-        wait_until(lambda: _answers(admin), "the broker answers")
+    with started(command, admin):
         yield Guarded(port, folder, admin)
-    finally:
-        admin.close()
-        server.terminate()
-        server.wait(30)
-
-
-def _answers(client: Any) -> bool:
-    try:
-        return bool(client.ping())
-    except RedisError:
-        return False

@@ -35,12 +35,18 @@ def quick_broker(folder: Path, *more: str) -> Iterator[Any]:
     socket = folder / "broker.sock"
     options = {"port": 0, "unixsocket": socket, "save": "", "appendonly": "no", "dir": folder}
     command = [str(server_binary()), *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
-    command += more
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     client: Any = redis.Redis(unix_socket_path=str(socket))
+    with started([*command, *more], client):
+        yield client
+
+
+@contextmanager
+def started(command: list[str], client: Any) -> Iterator[None]:
+    """A server that answers `client`; inside it runs."""
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_until(lambda: _answers(client), "the broker answers")
-        yield client
+        yield
     finally:
         client.close()
         server.terminate()

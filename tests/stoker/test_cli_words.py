@@ -394,10 +394,10 @@ def test_an_engine_that_is_missing_or_cannot_be_asked_is_a_fault_with_its_remedy
     assert (check.name, check.ok, check.remedy) == ("engine", False, "make venv installs what it needs")
     assert check.detail == f"it cannot be asked: {('x' * 400 + ' no MLX')[-300:]}"
 
-    def missing(*_: Any) -> None:
+    def missing() -> None:
         raise ConfigError("this installation has the client alone")
 
-    monkeypatch.setattr(stacks, "worker_command", missing)
+    monkeypatch.setattr(stacks, "require_workers", missing)
     (check,) = doctor.machine_checks(None)
     assert (check.ok, check.detail) == (False, "this installation has the client alone")
     assert check.remedy == "a client needs no engine; a worker does"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import pytest
 
 from stoker import Client, GenerateJob, GenerateResult
 from stoker.broker import keys, ledger
-from stoker.broker.connection import connect
 from stoker.broker.ledger.discarding import discard
 from stoker.broker.ledger.ending import Ending
 from stoker.client.requests import generate_request
@@ -20,12 +17,6 @@ from stoker.settings import Settings
 from stoker.testing import FakeClient
 
 QUEUE = keys.queue("m", "generate")
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 def begun(redis: Any, job_id: str) -> None:

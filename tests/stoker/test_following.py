@@ -300,10 +300,10 @@ def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() ->
     waiting = follower(clock=clock)
     waiting.looked([None, [b"generate", b"q", *[None] * 4], []])
     clock.now += UNOWNED - 0.1
-    assert not waiting.waits_long()
+    assert not waiting.asks_why()
     clock.now += 0.2
-    assert waiting.waits_long()
-    assert not waiting.waits_long()
+    assert waiting.asks_why()
+    assert not waiting.asks_why()
 
 
 def test_a_job_that_has_or_had_an_owner_or_made_tokens_is_not_asked_about() -> None:
@@ -312,8 +312,8 @@ def test_a_job_that_has_or_had_an_owner_or_made_tokens_is_not_asked_about() -> N
     owned.looked([None, [b"generate", b"q", b"token", *[None] * 3], []])
     made.looked([None, [b"generate", b"q", *[None] * 4], [(b"1-0", {b"entry": payload(0)})]])
     clock.now += 10 * UNOWNED
-    assert not owned.waits_long()
-    assert not made.waits_long()
+    assert not owned.asks_why()
+    assert not made.asks_why()
 
 
 def test_of_the_jobs_that_a_client_has_followed_to_their_end_it_remembers_the_last() -> None:

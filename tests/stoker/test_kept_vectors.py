@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import tasks.embed
 from stoker import Client
 from stoker.broker import keys, ledger, policy
-from stoker.broker.connection import connect
 from stoker.broker.ledger.discarding import discard
 from stoker.broker.ledger.vectors import VECTOR_BYTES, Kept, fetch, keep, prune
 from stoker.broker.outcome import read_vectors
@@ -27,12 +25,6 @@ from stoker.settings import Settings
 #: Seconds of the patience of clients here.
 PATIENCE = 2.0
 FEW_MINUTES = keys.FETCHED_TTL + int(PATIENCE)
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 def blob(job_id: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -14,7 +14,6 @@ from celery import Celery
 from redis.exceptions import ResponseError
 
 from stoker.broker import keys, ledger, policy
-from stoker.broker.connection import connect
 from stoker.broker.envelope import envelope
 from stoker.broker.ledger import LETTERS_AT_ONCE, MAX_CRASHES
 from stoker.broker.ledger.record import Field
@@ -40,13 +39,6 @@ def record(job_id: str = "job", client: str = "default", priority: int = 5, queu
         "request": '{"prompt": "x"}',
         "message": envelope(job_id, "generate", "toy", queue),
     }
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 def submit(redis: Any, job_id: str = "job", **fields: Any) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ from redis.exceptions import ResponseError
 
 from stoker import AsyncClient, Client
 from stoker.broker import keys, ledger, policy
-from stoker.broker.connection import connect, connect_async
+from stoker.broker.connection import connect_async
 from stoker.broker.ledger.record import Field
 from stoker.broker.ledger.transitions import TRANSITIONS
 from stoker.client.submission import Submission
@@ -23,12 +21,6 @@ from tests.stoker.test_ledger import QUEUE, claim, complete, record, submit, tak
 
 #: What `stoker jobs policy` never writes.
 UNDECIDED = ("0", "-1", "nan", "inf", "1e999", "1e3", "abc", "1.5", " 7", "", "9" * 30)
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 def sizes(redis: Any) -> dict[str, int]:

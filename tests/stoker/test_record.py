@@ -131,10 +131,10 @@ REQUESTS: list[Request] = [
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: request.kind)
 def test_what_a_client_writes_is_a_mapping_of_the_records_fields(request_: Request) -> None:
-    record = job_record(request_, "job", "someone")
+    record = job_record(request_, "job", "a-client")
     assert set(record) <= {field.value for field in Field}
     assert {name: record[name] for name in record} == dict(record.items())
-    assert (record["kind"], record["client"], record["priority"]) == (request_.kind, "someone", "5")
+    assert (record["kind"], record["client"], record["priority"]) == (request_.kind, "a-client", "5")
     assert ("blob" in record) == (request_.kind in ("train", "adapters"))
     with pytest.raises(KeyError):
         record["token"]

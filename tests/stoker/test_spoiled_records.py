@@ -4,7 +4,7 @@ nothing of it is left."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -25,12 +25,6 @@ from tests.thorough import in_turn
 #: What is no number that orders or counts, and what is one that no script gave out.
 GARBAGE = ("", "abc", "nan", "inf", "-inf", "1e400", "-1", "5.5", "{}", "0x10", "9" * 30, b"\xff\xfe")
 TYPES = ("string", "list", "set", "zset", "stream")
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 def overwrite(redis: Any, key: str, kind: str) -> None:

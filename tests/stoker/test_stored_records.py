@@ -4,15 +4,15 @@ looks at all that lies in the broker, with the time that it has left."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from stoker.broker import batches, keys
 from stoker.broker.batches import Batch, Batches, BatchRecord, Lease
-from stoker.broker.connection import connect, connect_async
+from stoker.broker.connection import connect_async
 from stoker.broker.fine_tunes import Ending, FineTune, FineTunes
 from stoker.broker.stored_files import STRIDE, FileRecord, Span, StoredFiles, is_id
 from stoker.settings import Settings
@@ -20,12 +20,6 @@ from stoker.settings import Settings
 HOUR = 3600
 #: Seconds that a test may take.
 SLACK = 30
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 @pytest.fixture

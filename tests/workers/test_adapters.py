@@ -245,7 +245,7 @@ def test_a_version_whose_files_are_gone_or_damaged_is_named_and_leaves_nothing(h
     with pytest.raises(InvalidRequest, match="style@1: no bundle"):
         adapters.pinned(other.run("a"), "m", "style")
     home.redis.delete(keys.artifact("m", "style", 1))
-    with pytest.raises(UnknownAdapter, match="'style@1' given; it is registered, but no store"):
+    with pytest.raises(UnknownAdapter, match="'style@1' given; it is registered, and no store"):
         adapters.pinned(other.run("a"), "m", "style")
     assert not other.store.has("m", "style", 1)
     assert not list((tmp_path / "elsewhere").rglob(f"{DRAFT}*"))

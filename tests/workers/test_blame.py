@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,19 +10,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from stoker.broker import keys
-from stoker.broker.connection import connect
-from stoker.settings import Settings
 from workers.blame import blame
 
 QUEUE = keys.queue("m", "generate")
 #: As a pipeline's come: they do not say which key it was.
 REFUSED = ResponseError("Command # 2 of pipeline caused error: WRONGTYPE Operation against a key")
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 @pytest.mark.parametrize(

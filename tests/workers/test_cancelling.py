@@ -11,7 +11,6 @@ import pytest
 
 from engine.ticket import Ticket
 from stoker.broker import keys
-from stoker.broker.connection import connect
 from stoker.errors import JobCancelled
 from stoker.settings import Settings
 from tests.conftest import wait_until
@@ -31,13 +30,6 @@ def runtime(broker: Settings) -> Iterator[Runtime]:
     yield made
     made.stopped.set()
     made.redis.close()
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 def ticket(job_id: str) -> Ticket[Any]:

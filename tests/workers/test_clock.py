@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 
 from stoker import Client
 from stoker.broker import keys
-from stoker.broker.connection import connect
 from stoker.broker.envelope import envelope
 from stoker.celery_config import shared_config
 from stoker.contract import ModelCard
@@ -29,12 +27,6 @@ QUEUE = keys.queue("m", "generate")
 LEASE = 10
 #: More than a lease, in both directions.
 OFFSETS = (-3600.0, -15.0, 15.0, 3600.0)
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 from redis.exceptions import ResponseError
 
 from stoker.broker import keys
-from tests.workers.test_clock import deliver, health, qos, redis
+from tests.workers.test_clock import deliver, health, qos
 from workers.services.mending import Mender
 
-__all__ = ["health", "qos", "redis"]
+__all__ = ["health", "qos"]
 
 
 def spoil(redis: Any, key: str) -> None:

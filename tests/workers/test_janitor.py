@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +11,9 @@ import pytest
 from redis.exceptions import NoPermissionError, ReadOnlyError, ResponseError
 
 from stoker.broker import keys, ledger
-from stoker.broker.connection import connect
 from stoker.broker.ledger.replies import recovered
 from stoker.client.submission import job_record
 from stoker.contract import CONTRACT, GenerateRequest, ModelCard
-from stoker.settings import Settings
 from workers.services.janitor import Janitor
 
 
@@ -29,13 +27,6 @@ class Ledger:
     def recover(self, redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
         self.asked.append(queue)
         return self.lost(queue)
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import keys
-from stoker.broker.connection import connect
 from stoker.settings import Settings
 from tests.conftest import wait_until
 from workers.celery import lease as lease_module
@@ -77,13 +76,6 @@ def test_a_worker_that_was_frozen_takes_over_nothing(health: Health, clock: Cloc
     assert not health.may_take_over()
     health.answered()
     assert not health.may_take_over(), "the gap was seen only afterwards"
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 class Consumer:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from redis.exceptions import ResponseError
 
 from stoker.broker import keys, ledger, registry
-from stoker.broker.connection import connect
 from stoker.client.requests import generate_request
 from stoker.client.submission import job_record
-from stoker.settings import Settings
 from workers.services import rebuilding
 from workers.services.mending import SHARED, Mender, keys_of
 
 QUEUE = keys.queue("m", "generate")
 NAME = "w@here/1a2b3c4d"
 RIGHT = SHARED | keys_of(QUEUE) | keys.types([keys.placed(QUEUE, NAME)])
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 def fill(redis: Any, key: str, kind: str) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import keys, ledger
-from stoker.broker.connection import connect
 from stoker.client.model_choice import parse_cards
 from stoker.client.submission import job_record
 from stoker.contract import GenerateRequest, ModelCard, Presence, TrainRequest, encode
@@ -25,11 +24,12 @@ from stoker.contract.presence import ModelState
 from stoker.errors import InvalidRequest, ModelError, StokerError, WorkerUnavailable, from_wire
 from stoker.settings import Settings
 from workers.deliveries import Deliveries, Health
+from workers.others import others
 from workers.residents import MEGABYTE, NoRoom, Origin, Residents
 from workers.services import keeper as keeping
 from workers.services.demand import NO_ROOM_FOR, REFUSED_FOR
 from workers.services.managing import model_management
-from workers.services.orphans import Orphans, has_home, others
+from workers.services.orphans import Orphans, has_home
 from workers.services.presence import Heart
 
 KINDS = (GENERATE.name, TRAIN.name, ADAPTERS.name)
@@ -154,13 +154,6 @@ class Worker:
     def states(self) -> dict[str, str]:
         raw = self.redis.get(keys.worker(self.runtime.name))
         return {state.model: state.state for state in Presence.model_validate_json(raw).states}
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 @pytest.fixture(autouse=True)
@@ -949,7 +942,7 @@ def test_a_worker_that_holds_loads_or_may_load_a_model_is_its_home(says: dict[st
 
 def test_a_worker_is_not_among_the_others(make: Callable[..., Worker], worker: Worker) -> None:
     make(name="other@here/1")
-    assert [other.worker for other in others(worker.runtime)] == ["other@here/1"]
+    assert [other.worker for other in others(worker.runtime.redis, worker.runtime.name)] == ["other@here/1"]
 
 
 def test_jobs_of_a_model_that_is_marked_as_gone_and_warm_here_wait(worker: Worker) -> None:

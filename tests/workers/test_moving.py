@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from engine.training import carried
 from engine.training.data import with_steps
 from stoker.broker import keys, ledger
-from stoker.broker.connection import connect
 from stoker.contract import CONTRACT, ModelCard, Presence
 from stoker.errors import JobCancelled, JobDead, JobFailed, WorkerUnavailable
 from stoker.settings import Settings
@@ -28,12 +26,6 @@ from workers.services.runtime import Fenced
 
 REQUEST = asked()
 STOPPING = WorkerUnavailable("the worker is stopping")
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,6 @@ NAMES = [f"{number:032x}" for number in range(1, 4)]
 CARD = ModelCard(model="m", architecture="a", kinds=("generate",), context=1, parameters=1)
 #: Name of a worker → a `Placing` as its process has it.
 Place = Callable[..., Placing]
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,13 +20,6 @@ from workers.services.keeper import Residency
 from workers.services.presence import Heart
 
 CARD = ModelCard(model="m", architecture="a", kinds=("embed",), context=1, parameters=1)
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 class Others:

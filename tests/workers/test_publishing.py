@@ -14,12 +14,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, ResponseError
 
 from stoker.broker import keys
-from stoker.broker.connection import connect
 from stoker.contract import StreamToken, TrainReport
 from stoker.errors import JobFailed, WorkerUnavailable
 from stoker.monitor.metrics import PUBLISH_LAG
 from stoker.monitor.numbers import Series
-from stoker.settings import Settings
 from tests.conftest import wait_until
 from workers.services import publishing, recent
 from workers.services.publishing import RENEW_EVERY, Publisher
@@ -36,13 +34,6 @@ def token(index: int, last: bool = False) -> StreamToken:
 
 def entries(job_id: str, count: int, start: int = 0) -> list[Any]:
     return [(job_id, token(index)) for index in range(start, start + count)]
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError,
 
 from stoker.broker import keys
 from stoker.settings import Settings
-from tests.workers.test_clock import LEASE, QUEUE, deliver, health, qos, redis, sweep
+from tests.workers.test_clock import LEASE, QUEUE, deliver, health, qos, sweep
 from workers import clock
 from workers.celery.lanes import LaneRequest
 from workers.context import WorkerContext
 
-__all__ = ["health", "qos", "redis"]
+__all__ = ["health", "qos"]
 
 REFUSALS = (ReadOnlyError("replica"), NoPermissionError("zrem"), OutOfMemoryError("full"), RedisConnectionError("gone"))
 ENDS: dict[str, Callable[[Any], None]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 
 from engine.training import carried
 from stoker.broker import keys, ledger, policy
-from stoker.broker.connection import connect
 from stoker.settings import Settings
 from tests.workers.carrying import RunFolder, Worker, asked, files
 from workers.artifacts import Artifacts, StoreFolder
@@ -23,12 +22,6 @@ from workers.run_store import Damaged, RunStore
 from workers.services.runtime import Fenced
 
 REQUEST = asked()
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 @pytest.fixture(params=["broker", "file", "memory"])

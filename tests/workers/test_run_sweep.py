@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +13,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from stoker.broker import keys
-from stoker.broker.connection import connect
 from stoker.settings import Settings
 from workers.artifacts import Artifacts
 from workers.run_sweep import round_of, sweep
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])

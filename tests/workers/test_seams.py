@@ -25,7 +25,6 @@ from engine.training import carried
 from kernels import registry
 from stoker import errors
 from stoker.broker import keys, ledger, policy
-from stoker.broker.connection import connect
 from stoker.local import boot_errors
 from stoker.settings import Settings, load_settings
 from tests.workers.carrying import RunFolder, Worker, asked
@@ -42,12 +41,6 @@ from workers.services.runtime import Fenced
 from workers.unreadable import DeadMessages, Unreadable
 
 REQUEST = asked()
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    with closing(connect(broker)) as client:
-        yield client
 
 
 # A delivery, and those who observe it

@@ -19,7 +19,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from typer.testing import CliRunner
 
 from stoker.broker import keys, letters
-from stoker.broker.connection import connect
 from stoker.broker.envelope import envelope
 from stoker.celery_config import shared_config
 from stoker.cli import app
@@ -40,13 +39,6 @@ def right(job_id: str = "job") -> bytes:
     made = json.loads(envelope(job_id, "generate", "m", QUEUE))
     made["properties"]["delivery_tag"] = f"{job_id}#1"
     return json.dumps(made).encode()
-
-
-@pytest.fixture
-def redis(broker: Settings) -> Iterator[Any]:
-    client = connect(broker)
-    yield client
-    client.close()
 
 
 class Book:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import uuid
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,6 @@ from celery.platforms import EX_FAILURE
 from celery.signals import setup_logging, worker_ready, worker_shutting_down
 from celery.worker import components, state
 
-from stoker.broker import keys
-from stoker.contract.kinds import KINDS
 from stoker.errors import StokerError
 from stoker.local import boot_errors
 from stoker.local.keeping import sent_again
@@ -28,6 +27,7 @@ from stoker.logs.setup import configure
 from stoker.settings import Settings
 from workers import run_sweep, unloaded
 from workers.artifacts import Artifacts
+from workers.capacity import queues_of
 from workers.celery import control
 from workers.celery.interrupts import Interrupts
 from workers.celery.lanes import LaneStep
@@ -76,26 +76,17 @@ class EngineStep(bootsteps.StartStopStep):
             self._context.install(running)
         self._guard_delivery(running)
         self._open_queues(worker.app, running)
-        CancelWatch(running).start()
-        revoked = partial(self._context.revocations.cancel_next, running)
-        Background("revocations", revoked, stopped=running.stopped).start()
-        Watchdog(running, running.settings.step_limit).start()
+        self._watch_jobs(running)
         if self._measuring is not None:
             self._measuring.start()
         heart = self._heart = Heart(running, self._context.lanes, Janitor(running))
         self._manage_models(running, heart)
-        pinned = PinnedPrefixes(running, heart.beat)
-        heart.prefixes = lambda: pinned.states
+        self._keep_prefixes(running, heart)
         heart.start()
-        Background("pinned prefixes", pinned.round, stopped=running.stopped, every=PINS_EVERY).start()
-        sweeps = (partial(run_sweep.round_of, running), partial(unloaded.round_of, running))
-        kept = Housekeeping(self._context.settings, sent_again(running.redis))
-        Background("housekeeping", kept.round, *sweeps, stopped=running.stopped, every=EVERY).start()
-        rest = resting.Resting.in_this_process(self._context.lanes)
-        Background("resting", rest.round, stopped=running.stopped, every=resting.EVERY).start()
+        self._tidy(running)
         overtaking = Overtaking(running, self._context.lanes, running.settings.extra_slots)
-        Background("overtaking", overtaking.round, stopped=running.stopped, every=LOOK_EVERY).start()
-        Background("mending", lambda: _mend(running, heart), stopped=running.stopped, every=MEND_EVERY).start()
+        _repeat(running, "overtaking", overtaking.round, every=LOOK_EVERY)
+        _repeat(running, "mending", lambda: _mend(running, heart), every=MEND_EVERY)
 
     def _made_runtime(self, settings: Settings, name: str) -> Runtime:
         try:
@@ -118,16 +109,19 @@ class EngineStep(bootsteps.StartStopStep):
         messages = DeadMessages(running.redis, running.name)
         self._context.deliveries.keep_dead(messages)
         self._context.deliveries.mend = running.mender.round
-        Background("dead messages", messages.write, stopped=running.stopped).start()
+        _repeat(running, "dead messages", messages.write)
 
     def _open_queues(self, app: Celery, running: Runtime) -> None:
         """Consume what the models here can run. They are known only now, so no `-Q` says it."""
-        queues: dict[str, list[str]] = {kind: [] for kind in KINDS}
-        for card in running.engine.cards:
-            for kind in card.kinds:
-                queues[kind].append(keys.queue(card.model, kind))
+        queues = queues_of(running.engine.cards)
         self._context.lanes.configure(running.settings.slots, queues)
         app.amqp.queues.select([name for names in queues.values() for name in names])
+
+    def _watch_jobs(self, running: Runtime) -> None:
+        """End what is cancelled, and the process where a step hangs."""
+        CancelWatch(running).start()
+        _repeat(running, "revocations", partial(self._context.revocations.cancel_next, running))
+        Watchdog(running, running.settings.step_limit).start()
 
     def _manage_models(self, running: Runtime, heart: Heart) -> None:
         """Models come and go from now on, one after the other: one thread loads and unloads."""
@@ -135,7 +129,21 @@ class EngineStep(bootsteps.StartStopStep):
         self._context.consumer_started = queues.attach
         managed = model_management(running, self._context.deliveries, queues, heart.beat)
         heart.residency = lambda: managed.keeper.residency
-        Background("models", managed.commands.next, managed.demand.round, stopped=running.stopped).start()
+        _repeat(running, "models", managed.commands.next, managed.demand.round)
+
+    @staticmethod
+    def _keep_prefixes(running: Runtime, heart: Heart) -> None:
+        pinned = PinnedPrefixes(running, heart.beat)
+        heart.prefixes = lambda: pinned.states
+        _repeat(running, "pinned prefixes", pinned.round, every=PINS_EVERY)
+
+    def _tidy(self, running: Runtime) -> None:
+        """Give back disk and memory that nothing needs."""
+        kept = Housekeeping(self._context.settings, sent_again(running.redis))
+        sweeps = (partial(run_sweep.round_of, running), partial(unloaded.round_of, running))
+        _repeat(running, "housekeeping", kept.round, *sweeps, every=EVERY)
+        rest = resting.Resting.in_this_process(self._context.lanes)
+        _repeat(running, "resting", rest.round, every=resting.EVERY)
 
     def stop(self, worker: Any) -> None:
         if self._heart is not None:
@@ -160,6 +168,11 @@ def _process_name(node: str) -> str:
     """The name of this process in the ledger. A worker that is started again keeps its `node`, and so its row in
     Flower; it must not be taken for the owner of what its predecessor left."""
     return f"{node}/{uuid.uuid4().hex[:8]}"
+
+
+def _repeat(running: Runtime, name: str, *rounds: Callable[[], object], every: float = 0.0) -> None:
+    """In a thread of its own, until the worker stops."""
+    Background(name, *rounds, stopped=running.stopped, every=every).start()
 
 
 def _mend(running: Runtime, heart: Heart) -> None:

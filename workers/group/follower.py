@@ -13,7 +13,6 @@ from engine.checkpoints.loading import LoadedModel
 from engine.generation.followed import FollowedLane
 from engine.generation.lane import GenerateLane
 from engine.generation.leading import witness
-from engine.generation.limits import LaneLimits
 from engine.models.shard import Shard
 from engine.training.followed import FollowedRun
 from engine.training.ranks import MlxRanks, text_of_rank_0
@@ -124,15 +123,8 @@ class Follower:
 
     def _open(self, command: Open) -> None:
         model = self._models[command.model]
-        limits = LaneLimits(
-            slots=command.slots,
-            kv_bytes=command.kv_bytes,
-            prefix_share=command.prefix_share,
-            stall=command.stall,
-            lookup=command.lookup,
-        )
         pool = AdapterPool(model, self._adapters, self._settings.adapter_memory << 20)
-        lane = GenerateLane(model, pool, limits, clock=self._seconds.get, agreed=self._agreed)
+        lane = GenerateLane(model, pool, command.limits, clock=self._seconds.get, agreed=self._agreed)
         lane.warm()
         self._lanes[command.model], self._pools[command.model] = FollowedLane(lane), pool
 

@@ -172,13 +172,13 @@ class Leader(MlxRanks):
     def begin(self, plan: RunPlan) -> None:
         self._wait()
         header = followed.header_of(plan)
-        self._tell(lambda number: Begin(number=number, header=header))
+        self._command(lambda number: Begin(number=number, header=header))
         followed.send(self, plan)
 
     def advance(self, run: str) -> None:
         self._wait()
         self._advanced = self._said + 1, run
-        self._tell(lambda number: Advance(number=number, run=run))
+        self._command(lambda number: Advance(number=number, run=run))
 
     def advanced(self, run: str, witness: str) -> None:
         self._witnesses[run] = witness
@@ -196,11 +196,11 @@ class Leader(MlxRanks):
 
     def keep(self, run: str) -> None:
         self._wait()
-        self._tell(lambda number: Keep(number=number, run=run))
+        self._command(lambda number: Keep(number=number, run=run))
 
     def end(self, run: str) -> None:
         self._forget(run)
-        self._tell(lambda number: End(number=number, run=run))
+        self._command(lambda number: End(number=number, run=run))
 
     def _forget(self, run: str) -> None:
         with self._changed:
@@ -211,38 +211,27 @@ class Leader(MlxRanks):
                 witnesses.pop(run, None)
 
     def open(self, model: str, limits: LaneLimits) -> None:
-        def word(number: int) -> Open:
-            return Open(
-                number=number,
-                model=model,
-                slots=limits.slots,
-                kv_bytes=limits.kv_bytes,
-                prefix_share=limits.prefix_share,
-                stall=limits.stall,
-                lookup=limits.lookup,
-            )
-
-        self._tell(word)
+        self._command(lambda number: Open.of(number, model, limits))
 
     def lend(self, model: str, adapter: tuple[str, int], weights: LoraWeights) -> None:
         lent = LentAdapter.of(*adapter, weights)
-        self._tell(lambda number: Lend(number=number, model=model, adapter=lent))
+        self._command(lambda number: Lend(number=number, model=model, adapter=lent))
         lent.send(self, weights)
 
     def forget(self, model: str, adapter: tuple[str, int]) -> None:
         name, version = adapter
-        self._tell(lambda number: Forget(number=number, model=model, name=name, version=version))
+        self._command(lambda number: Forget(number=number, model=model, name=name, version=version))
 
     def admit(self, model: str, admission: Admission) -> None:
-        self._tell(lambda number: Admit(number=number, model=model, admission=admission))
+        self._command(lambda number: Admit(number=number, model=model, admission=admission))
 
     def drop(self, model: str, numbers: list[int]) -> None:
-        self._tell(lambda number: Drop(number=number, model=model, jobs=tuple(numbers)))
+        self._command(lambda number: Drop(number=number, model=model, jobs=tuple(numbers)))
 
     def turn(self, model: str, *, lookahead: bool) -> None:
         with self._changed:
             self._turns[self._said + 1] = {}
-        self._tell(lambda number: Turn(number=number, model=model, lookahead=lookahead))
+        self._command(lambda number: Turn(number=number, model=model, lookahead=lookahead))
 
     def turned(self, witness: str) -> None:
         self._compare(self._said, 0, witness)
@@ -271,11 +260,12 @@ class Leader(MlxRanks):
         if self._closing.is_set():
             raise WorkerUnavailable("the group is ending. The job goes on when it is back.")
 
-    def _tell(self, command: Callable[[int], Command]) -> None:
+    def _command(self, made: Callable[[int], Command]) -> None:
+        """Give the others a command, made with its number."""
         if self._closing.is_set():
             return
         self._said, self._since = self._said + 1, time.monotonic()
-        self._say(command(self._said))
+        self._say(made(self._said))
 
     def _say(self, word: Word) -> None:
         for other in self._others:

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from engine.generation.followed import Admission, Count, LentAdapter
+from engine.generation.limits import LaneLimits
 from engine.training.followed import RunHeader
 from stoker.contract.base import Adapter, Message
 from stoker.contract.shown import brief
@@ -91,6 +92,29 @@ class Open(Message):
     prefix_share: float
     stall: float
     lookup: bool | None
+
+    @classmethod
+    def of(cls, number: int, model: str, limits: LaneLimits) -> Open:
+        """Without what is each rank's own: `compiled` and `cores`."""
+        return cls(
+            number=number,
+            model=model,
+            slots=limits.slots,
+            kv_bytes=limits.kv_bytes,
+            prefix_share=limits.prefix_share,
+            stall=limits.stall,
+            lookup=limits.lookup,
+        )
+
+    @property
+    def limits(self) -> LaneLimits:
+        return LaneLimits(
+            slots=self.slots,
+            kv_bytes=self.kv_bytes,
+            prefix_share=self.prefix_share,
+            stall=self.stall,
+            lookup=self.lookup,
+        )
 
 
 class Lend(Message):

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from stoker.broker import keys
 from stoker.contract import ModelCard
 from stoker.errors import ModelError, StokerError
+from workers.others import others
 from workers.residents import NoRoom, Origin
 from workers.services.keeper import ModelKeeper, Sources
-from workers.services.orphans import Orphans, has_home, others
+from workers.services.orphans import Orphans, has_home
 from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -68,10 +69,10 @@ class Demand:
         """Whether a job waits, nobody who takes jobs holds or loads the model, and of those that may, this one does."""
         if not self._keeper.waiting(model):
             return False
-        holders = [worker.model_copy(update={"offers": ()}) for worker in others(self._runtime) if not worker.stopping]
+        redis, name = self._runtime.redis, self._runtime.name
+        holders = [worker.model_copy(update={"offers": ()}) for worker in others(redis, name) if not worker.stopping]
         if has_home(model, holders):
             return False
-        redis, name = self._runtime.redis, self._runtime.name
         return bool(redis.set(keys.loading(model), name, nx=True, ex=keys.PRESENCE_TTL))
 
     def _load(self, model: str) -> None:

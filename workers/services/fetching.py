@@ -29,16 +29,16 @@ def fetch(runtime: Runtime, model: str, name: str, version: int) -> None:
     data = Artifacts(runtime.settings, runtime.redis).get(model, name, version)
     if data is None:
         raise UnknownAdapter(
-            f"adapter '{name}@{version}' given; it is registered, but no store that this worker reaches has its files."
+            f"adapter '{name}@{version}' given; it is registered, and no store that this worker reaches has its files."
         )
-    make_way(runtime, model, name, version, maker)
+    free_number(runtime, model, name, version, maker)
     store.install(model, name, lambda draft: write_files(draft, data, f"{name}@{version}"), version)
     log.info("adapter %s@%d of %s fetched", name, version, model)
 
 
-def make_way(runtime: Runtime, model: str, name: str, version: int, maker: str | None) -> None:
-    """Take the number of a version from files of this disk that are not those of the job `maker`, to which the registry
-    gave it: they are from another registry, as that of a worker that served by itself. Raises `OSError`."""
+def free_number(runtime: Runtime, model: str, name: str, version: int, maker: str | None) -> None:
+    """Take a version's number from files of this disk that another job made than `maker`, the one to which the registry
+    gave it. They are of another registry, as that of a worker that served by itself. Raises `OSError`."""
     store = runtime.engine.store
     with store.replacing:
         if not store.has(model, name, version) or not _is_of_another(runtime, model, name, version, maker):

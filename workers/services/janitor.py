@@ -7,7 +7,8 @@ message with it. The records know (`stoker.broker.ledger.recover`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
@@ -51,7 +52,8 @@ class Janitor:
         for card in self._cards():
             for kind in card.kinds:
                 self._recover(keys.queue(card.model, kind), every)
-            self._sweep(card)
+            with _despite_refusal(f"jobs of {card.model}, which nobody holds any more, cannot be ended"):
+                self._orphans.sweep(card)
 
     def _look_at_memory(self) -> None:
         """A user, or a host, that does not let a worker ask for it must not keep lost messages from being found."""
@@ -91,32 +93,27 @@ class Janitor:
         return found
 
     def _forget(self, some: Callable[[Any], int], what: str) -> int:
-        """What has been kept for its time: how many of `some`. What cannot be looked at keeps the rest from nothing."""
-        try:
-            return some(self._runtime.redis)
-        except ResponseError as error:
-            if passes(error):
-                raise
-            log.error("old %s cannot be looked for: %s", what, error)
-            return 0
+        """Let the broker forget some of what it has kept for its time; how many."""
+        forgotten = 0
+        with _despite_refusal(f"old {what} cannot be looked for"):
+            forgotten = some(self._runtime.redis)
+        return forgotten
 
     def _recover(self, queue: str, older_than: float) -> None:
-        """A queue that cannot be looked at must not keep the others from it."""
-        try:
+        with _despite_refusal(f"lost messages of {queue} cannot be looked for"):
             # A large fleet runs tens of thousands of jobs.
             for _ in range(1 + self._runtime.redis.zcard(keys.dispatched(queue)) // ledger.LOOKED_AT):
                 for job_id in ledger.recover(self._runtime.redis, queue, older_than=older_than):
                     log.warning("job %s: its message was lost; it waits again", job_id)
-        except ResponseError as error:
-            if passes(error):
-                raise
-            log.error("lost messages of %s cannot be looked for: %s", queue, error)
 
-    def _sweep(self, card: ModelCard) -> None:
-        """As with a queue."""
-        try:
-            self._orphans.sweep(card)
-        except ResponseError as error:
-            if passes(error):
-                raise
-            log.error("jobs of %s, which nobody holds any more, cannot be ended: %s", card.model, error)
+
+@contextmanager
+def _despite_refusal(said: str) -> Iterator[None]:
+    """What the broker refuses of one thing is logged, and keeps the rest of the round from nothing. `said`: what cannot
+    be done then. Raises for a broker that is away."""
+    try:
+        yield
+    except ResponseError as error:
+        if passes(error):
+            raise
+        log.error("%s: %s", said, error)

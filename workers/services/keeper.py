@@ -18,6 +18,7 @@ from stoker.contract import ModelCard
 from stoker.contract.kinds import KINDS
 from stoker.contract.presence import ModelState
 from stoker.errors import InvalidRequest, ModelError, StokerError, UnknownModel, to_wire
+from workers.capacity import queues_of
 from workers.deliveries import Deliveries
 from workers.residents import Origin, Resident, Residents
 from workers.services.orphans import Orphans
@@ -259,17 +260,17 @@ class ModelKeeper:
 
     def held(self, model: str) -> int:
         """Jobs of the model that this worker has taken and not ended."""
-        return self._deliveries.held_of(_queues_of(model))
+        return self._deliveries.held_of(_every_queue_of(model))
 
     def waiting(self, model: str) -> int:
         """Jobs of the model that have not ended, here or elsewhere."""
         pipeline = self._runtime.redis.pipeline(transaction=False)
-        for queue in _queues_of(model):
+        for queue in _every_queue_of(model):
             pipeline.zcard(keys.open_jobs(queue))
         return sum(pipeline.execute())
 
     def last_used(self, resident: Resident) -> float:
-        return max(resident.used, self._deliveries.last_of(_queues_of(resident.model)))
+        return max(resident.used, self._deliveries.last_of(_every_queue_of(resident.model)))
 
     def _resident(self, model: str) -> Resident:
         found = self.residents.get(model)
@@ -282,14 +283,10 @@ class ModelKeeper:
         return next(card for card in self._runtime.engine.cards if card.model == model)
 
     def _queues(self, without: str = "") -> dict[str, list[str]]:
-        queues: dict[str, list[str]] = {kind: [] for kind in KINDS}
-        for card in self._runtime.engine.cards:
-            for kind in card.kinds if card.model != without else ():
-                queues[kind].append(keys.queue(card.model, kind))
-        return queues
+        return queues_of(card for card in self._runtime.engine.cards if card.model != without)
 
 
-def _queues_of(model: str) -> list[str]:
+def _every_queue_of(model: str) -> list[str]:
     return [keys.queue(model, kind) for kind in KINDS]
 
 

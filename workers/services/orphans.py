@@ -5,21 +5,14 @@ from __future__ import annotations
 import logging
 
 from stoker.broker import keys, ledger
-from stoker.client.model_choice import parse_presences
 from stoker.contract import ModelCard, Presence
 from stoker.contract.names import Rule, follows
 from stoker.errors import StokerError, UnknownModel
 from workers import clock
+from workers.others import others
 from workers.services.runtime import Runtime
 
 log = logging.getLogger(__name__)
-
-
-def others(runtime: Runtime) -> list[Presence]:
-    """The other workers that are alive."""
-    names = runtime.redis.zrange(keys.WORKERS, 0, -1)
-    raw = runtime.redis.mget([keys.worker(name.decode(errors="replace")) for name in names]) if names else []
-    return [presence for presence in parse_presences(raw) if presence.worker != runtime.name]
 
 
 def has_home(model: str, workers: list[Presence]) -> bool:
@@ -41,7 +34,7 @@ class Orphans:
 
         Called when this worker's own presence says so: of two workers that leave a model at once, one sees both.
         """
-        if has_home(card.model, others(self._runtime)):
+        if self._has_another_home(card.model):
             return 0
         redis = self._runtime.redis
         gone = card.model_copy(update={"gone": str(error), "seen": clock.now(redis)})
@@ -50,9 +43,12 @@ class Orphans:
 
     def sweep(self, card: ModelCard) -> int:
         """Jobs that came after the end: their clients had chosen the model a moment before. `card.gone`: why."""
-        if not card.gone or card.model in self._runtime.engine.models or has_home(card.model, others(self._runtime)):
+        if not card.gone or card.model in self._runtime.engine.models or self._has_another_home(card.model):
             return 0
         return self._end_waiting(card, UnknownModel(card.gone))
+
+    def _has_another_home(self, model: str) -> bool:
+        return has_home(model, others(self._runtime.redis, self._runtime.name))
 
     def _end_waiting(self, card: ModelCard, error: StokerError) -> int:
         redis, ended = self._runtime.redis, 0

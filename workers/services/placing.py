@@ -29,12 +29,12 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from stoker.broker import keys, ledger
-from stoker.client.model_choice import parse_presences
-from stoker.contract import CONTRACT, GenerateRequest, Presence
+from stoker.contract import GenerateRequest, Presence
 from stoker.contract.kinds import GENERATE
 from stoker.local.naming import home_id
 from stoker.settings import Settings
 from workers.beginnings import beginnings as beginnings_of
+from workers.others import others
 from workers.services.background import Background
 
 log = logging.getLogger(__name__)
@@ -163,15 +163,11 @@ class Placing:
 
     def memories(self, model: str) -> list[Memory]:
         """Of the other workers that generate with the model and take jobs. Raises `RedisError`."""
-        names = [name.decode(errors="replace") for name in self._redis.zrange(keys.WORKERS, 0, -1)]
-        others = [name for name in names if name != self._here.worker]
-        said = parse_presences(self._redis.mget([keys.worker(name) for name in others])) if others else []
         return [
             Memory(presence.worker, card.kv_tokens, _free(presence))
-            for presence in said
+            for presence in others(self._redis, self._here.worker)
             for card in presence.models
-            if card.model == model and GENERATE.name in card.kinds and card.contract == CONTRACT
-            if not presence.stopping
+            if card.takes(model, GENERATE.name) and not presence.stopping
         ]
 
     def recall_later(self, job_id: str, queue: str, worker: str) -> None:

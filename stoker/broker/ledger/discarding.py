@@ -13,7 +13,7 @@ from stoker.broker.ledger.vectors import names
 
 
 def discard(job_id: str) -> Call[Any]:
-    """Nothing but its vectors, for a job that has not succeeded."""
+    """Takes out what the job has made; of one that has not succeeded, its vectors alone."""
     found = [*names(job_id), keys.result(job_id), keys.stream(job_id)]
     arguments = [job_id, keys.PREFIX, keys.FETCHED_TTL, BEGINNING, discarded(job_id).text()]
     return Call(lambda redis: TRANSITIONS.discard(redis, found, arguments), bool)

@@ -177,7 +177,7 @@ class AsyncBrokerLink:
             if not follower.must_look:
                 return follower.heard(await listener.get_message(timeout=follower.wait()))
             entries = follower.looked(await follower.ask(self._redis.pipeline()).execute())
-            if follower.waits_long():
+            if follower.asks_why():
                 await self._say_who_is_missing(follower.job_id)
         return entries
 

@@ -178,7 +178,7 @@ class BrokerLink:
             if not follower.must_look:
                 return follower.heard(listener.get_message(timeout=follower.wait()))
             entries = follower.looked(follower.ask(self._redis.pipeline()).execute())
-            if follower.waits_long():
+            if follower.asks_why():
                 self._say_who_is_missing(follower.job_id)
         return entries
 

@@ -74,7 +74,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "adapter-of-one-layer": {"adapter": "last", "temperature": 0.9, "seed": 3},
     "dora": {"adapter": "normed"},
     "short": {"prompt_ids": (5, 9)},
-    # Its prompt takes several chunks, of which all but the last choose no token.
+    # Its prompt takes several chunks, of which all except the last choose no token.
     "long": {"prompt_ids": PROMPT * 20, "max_tokens": 4},
     "stopped": {"ignore_eos": False, "stop_token_ids": (11,), "temperature": 1.2, "seed": 5},
 }

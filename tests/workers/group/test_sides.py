@@ -475,10 +475,7 @@ def lends(monkeypatch: pytest.MonkeyPatch, folder: Path, weights: LoraWeights, *
 
 def word_of(number: int, said: str, given: Any) -> Word:
     if said == "open":
-        return Open(
-            number=number, model="tiny", slots=given.slots, kv_bytes=given.kv_bytes, prefix_share=given.prefix_share,
-            stall=given.stall, lookup=given.lookup,
-        )  # fmt: skip
+        return Open.of(number, "tiny", given)
     if said == "admit":
         return Admit(number=number, model="tiny", admission=given)
     if said == "drop":
