@@ -18,7 +18,7 @@ from engine.generation.guess import Guess
 from engine.generation.kv_budget import KvBudget
 from engine.generation.limits import GenerationLoad, LaneLimits
 from engine.generation.pacing import CHUNK, CHUNK_OF_LAUNCHES, Chunk, LanePacer
-from engine.generation.prefill import Prefill, PromptChunk, Turns, owner
+from engine.generation.prefill import PassInTurns, Prefill, PromptChunk, owner
 from engine.generation.prompt import beginning_of, check_ids, check_memory, tokenize
 from engine.generation.prompts import Prompts
 from engine.generation.roster import Roster
@@ -84,7 +84,7 @@ class GenerateLane:
         #: Whether the rows that decode let the last chunk of prompts go before them; and the turn that prompts had in
         #: this step.
         self._let_go = False
-        self._turn: Turns | None = None
+        self._turn: PassInTurns | None = None
         self.batch = Batch(self._decoder, self._pool, self.step)
         kept = int(self.limits.kv_bytes * self.limits.prefix_share)
         shortest = SHORTEST_ON_CPU if on_cpu() else SHORTEST

@@ -15,7 +15,7 @@ from statistics import median
 
 from engine.generation import prefill
 from engine.generation.grouping import PASS
-from engine.generation.prefill import FEW, PrefillPacer, Turns
+from engine.generation.prefill import FEW, PassInTurns, PrefillPacer
 from engine.models.buckets import bucket
 from stoker.contract.requests import LOWEST_PRIORITY
 
@@ -138,7 +138,7 @@ class LanePacer:
         self._with_prompts += self._with_prompts < WITHOUT
         self._mixed.note(tokens, seconds - self._decoding)
 
-    def note_turn(self, turn: Turns, seconds: float) -> None:
+    def note_turn(self, turn: PassInTurns, seconds: float) -> None:
         """A step with a turn of prompts took `seconds`: the device is at it while the host goes on to what decodes."""
         turn.took(max(0.0, seconds - self._decoding))
 

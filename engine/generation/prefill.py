@@ -151,7 +151,7 @@ class PromptChunk:
 
 
 @dataclass(eq=False)
-class Turns:
+class PassInTurns:
     """A chunk whose pass takes several turns, of `wanted` seconds in all, as `pacer` chose it. `seconds`: what they
     took until now; `known`: whether nothing was compiled meanwhile; `over`: it is through."""
 
@@ -196,7 +196,7 @@ class Prefill:
         #: Whether all of it is few tokens; and whether one prompt of it is many.
         self.short, self.long = len(rows) * longest <= SHORT, longest > WHOLE
         #: The chunk that had the last turn, if its pass takes several: who measures the step says what the turn took.
-        self.turns: Turns | None = None
+        self.turns: PassInTurns | None = None
         for row in self.rows:
             row.state = RowState.PREFILLING
 
@@ -252,12 +252,12 @@ class Prefill:
             current.took(self._clock() - began)
         return found
 
-    def _begun(self, pacer: PrefillPacer, wanted: float) -> Turns:
+    def _begun(self, pacer: PrefillPacer, wanted: float) -> PassInTurns:
         waiting = self._waiting()
         chunk = self._chunk(waiting, self._share([len(tokens) for tokens in waiting.values()], pacer))
-        return Turns(chunk, pacer, wanted)
+        return PassInTurns(chunk, pacer, wanted)
 
-    def _turn(self, current: Turns, parts: int) -> list[tuple[Row, Pick]]:
+    def _turn(self, current: PassInTurns, parts: int) -> list[tuple[Row, Pick]]:
         """Take a chunk through so many parts of the model more, and behind the last of them to its tokens."""
         done, every = 0 if current.underway is None else current.underway.done, self._step.parts
         # Anew in each turn: an adapter that came meanwhile could not be put into stacks that are held.
@@ -271,7 +271,7 @@ class Prefill:
             self._passed(current)
         return []
 
-    def _rest(self, current: Turns, given: ForwardInput) -> list[tuple[Row, Pick]]:
+    def _rest(self, current: PassInTurns, given: ForwardInput) -> list[tuple[Row, Pick]]:
         """All that is left of a pass, and what it chose."""
         chunk, underway = current.chunk, current.underway
         draws, sampling = self._sampling() if chunk.done else ([], None)
@@ -286,7 +286,7 @@ class Prefill:
         picked = picks(chosen, draws)
         return chunk.through([picked[self.kv_row(row)] for row in chunk.done])
 
-    def _passed(self, current: Turns) -> None:
+    def _passed(self, current: PassInTurns) -> None:
         current.over = True
         current.chunk.goes()
 
