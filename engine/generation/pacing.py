@@ -35,7 +35,7 @@ SHARE = 0.25
 ALONE = 3
 #: Tokens of prompts that a pass of rows that decode takes along at least. How much longer than without any it may take
 #: for each prompt: passes differ, and it shall stay below twice.
-LEAST_MIXED, MIXED = 8, 0.8
+LEAST_MIXED, MIXED = 8, 0.75
 #: Passes with prompts after which one goes without, so that it is known what that takes; and how many do so at most
 #: where something keeps that from being known, for which no prompt may wait for ever.
 WITHOUT, TRIES = 64, 3
