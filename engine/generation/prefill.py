@@ -264,7 +264,7 @@ class Prefill:
         given = replace(current.chunk.given, adapters=self._pool.rows(current.chunk.adapters))
         if parts == every or done == every:
             return self._rest(current, given)
-        current.underway = self._step.begin(self.kv, given, parts, current.underway)
+        current.underway = self._step.further(self.kv, given, parts, current.underway)
         # Nobody waits for it: what decodes next is launched meanwhile.
         mx.async_eval(current.underway.hidden, self.kv.stored)  # type: ignore[no-untyped-call]
         if current.underway.done == every and not current.chunk.done:
@@ -278,7 +278,7 @@ class Prefill:
         if underway is None:
             chosen = self._step(self.kv, given, sampling)
         else:
-            chosen = self._step.end(self.kv, given, sampling, underway)
+            chosen = self._step.rest(self.kv, given, sampling, underway)
         self._passed(current)
         if not chunk.done:
             mx.eval(self.kv.stored)

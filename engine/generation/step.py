@@ -143,15 +143,15 @@ class Step:
         kv.stored, chosen = self.whole(kv.stored, given, sampling)
         return tuple(chosen)
 
-    def begin(self, kv: KeyValues, given: ForwardInput, parts: int, underway: Underway | None) -> Underway:
+    def further(self, kv: KeyValues, given: ForwardInput, parts: int, underway: Underway | None) -> Underway:
         """Put prompts through so many of `self.parts`, as far as there are any. `underway`: what those before made;
         None: these are the first."""
         if underway is None:
             underway = self._underway(given)
-        kv.stored = self._further(kv.stored, given, underway, parts)
+        kv.stored = self._through(kv.stored, given, underway, parts)
         return underway
 
-    def end(
+    def rest(
         self, kv: KeyValues, given: ForwardInput, sampling: SamplingBatch | None, underway: Underway
     ) -> tuple[mx.array, ...]:
         """The same as a call, of prompts that are under way."""
@@ -209,7 +209,7 @@ class Step:
     ) -> tuple[Stored, list[mx.array]]:
         """The rest of a pass, its parts compiled one by one."""
         assert self._stretches is not None
-        stored = self._further(stored, given, underway, len(self._stretches.parts))
+        stored = self._through(stored, given, underway, len(self._stretches.parts))
         hidden = self._stretches.end(underway.hidden)
         if given.tokens.shape[1] == 1:
             hidden = hidden[:, None]
@@ -227,7 +227,7 @@ class Step:
         hidden = self._stretches.begin(given.tokens)
         return Underway(mask, without_tokens(hidden) if given.tokens.shape[1] == 1 else hidden)
 
-    def _further(self, stored: Stored, given: ForwardInput, underway: Underway, parts: int) -> Stored:
+    def _through(self, stored: Stored, given: ForwardInput, underway: Underway, parts: int) -> Stored:
         """Take a pass through so many stretches more, as far as there are any: what is stored then."""
         assert self._stretches is not None
         joint, adapters = given.places is not None, given.adapters

@@ -66,18 +66,18 @@ def driver(model: LoadedModel, pool: AdapterPool) -> Driver:
 def turns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Of each turn: the tokens of its pass, and from which layer it went on."""
     found: list[tuple[int, int]] = []
-    begin, end = Step.begin, Step.end
+    further, rest = Step.further, Step.rest
 
-    def beginning(step: Step, kv: KeyValues, given: ForwardInput, parts: int, underway: Any) -> Any:
+    def going_further(step: Step, kv: KeyValues, given: ForwardInput, parts: int, underway: Any) -> Any:
         found.append((given.tokens.size, 0 if underway is None else underway.done))
-        return begin(step, kv, given, parts, underway)
+        return further(step, kv, given, parts, underway)
 
-    def ending(step: Step, kv: KeyValues, given: ForwardInput, sampling: Any, underway: Any) -> Any:
+    def going_to_the_end(step: Step, kv: KeyValues, given: ForwardInput, sampling: Any, underway: Any) -> Any:
         found.append((given.tokens.size, underway.done))
-        return end(step, kv, given, sampling, underway)
+        return rest(step, kv, given, sampling, underway)
 
-    monkeypatch.setattr(Step, "begin", beginning)
-    monkeypatch.setattr(Step, "end", ending)
+    monkeypatch.setattr(Step, "further", going_further)
+    monkeypatch.setattr(Step, "rest", going_to_the_end)
     return found
 
 
@@ -125,10 +125,10 @@ def outcome(llama: Llama, rows: int, adapters: StackedLora | None, shares: Seque
     else:
         begun = None
         for share in shares:
-            begun = step.begin(kv, given, share, begun)
+            begun = step.further(kv, given, share, begun)
             mx.eval(begun.hidden, kv.stored)
         assert begun is not None
-        chosen = step.end(kv, given, SamplingBatch(), begun)
+        chosen = step.rest(kv, given, SamplingBatch(), begun)
     return [np.array(array) for array in (*chosen, *kv.keys, *kv.values)]
 
 
