@@ -297,7 +297,7 @@ class Batch:
         assert self.kv is not None
         tokens, offset = np.zeros((size, width), dtype=np.int32), np.zeros(size, dtype=np.int32)
         for slot, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
-            tokens[slot], offset[slot] = row.tokens[-1], row.cached
+            tokens[slot], offset[slot] = row.newest, row.cached
             tokens[slot, 1 : 1 + len(draft)] = draft
         adapters = [row.adapter for row in self.rows] + [0] * (size - len(self.rows))
         return ForwardInput(
@@ -326,7 +326,7 @@ class Batch:
             if ahead:
                 source[slot] = index_of[id(row)]
             else:
-                known[slot] = row.tokens[-1]
+                known[slot] = row.newest
         if pending is None or source.max() < 0:
             return mx.array(known)
         taken = pending.chosen[0][mx.array(np.maximum(source, 0))]

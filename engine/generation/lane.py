@@ -323,6 +323,15 @@ class GenerateLane:
                 self.batch.join(row, prefill.kv, prefill.kv_row(row))
         self._prompts.count()
 
+    def _join(self, group: Prefill) -> None:
+        """Let rows decode whose prompts are here except for their last tokens, which the next pass takes. The batch has
+        had room for them since a moment ago."""
+        rows, group.rows = group.rows, []
+        self._seats.prepare(rows)
+        for row in rows:
+            self.batch.join(row, group.kv, group.kv_row(row))
+        self._prompts.count()
+
     def _goes_along(self, group: Prefill) -> bool:
         """Whether prompts go along with the passes of the rows that decode. Drafts have these passes to themselves, and
         so has a foreground; short prompts have their first tokens sooner by a pass of their own."""
@@ -365,6 +374,10 @@ class GenerateLane:
         except RowFault as fault:
             self._fail(fault)
             self._roster.put_back(rows)
+            return
+        group = self._prompts.best(priorities)
+        if group is not None and group.known:
+            self._join(group)
 
     def _prefill(self, rows: Sequence[Row]) -> Prefill:
         return Prefill(self._decoder, self._pool, self.step, rows, self.prefixes, self._clock, self._agreed)

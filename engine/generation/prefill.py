@@ -191,6 +191,9 @@ class Prefill:
         self._clock, self._agreed = clock, agreed
         self.rows, self.priority = list(rows), rows[0].priority
         self._kv_rows = {id(row): index for index, row in enumerate(self.rows)}
+        #: Whether all that is left of each row is its last token, which is decoded: those that go on from the same have
+        #: it here once.
+        self.known = False
         self.kv = self._start(prefixes)
         longest = max(row.length - row.cached for row in rows)
         #: Whether all of it is few tokens; and whether one prompt of it is many.
@@ -203,18 +206,28 @@ class Prefill:
     def _start(self, prefixes: PrefixCache) -> KeyValues:
         """Storage for the whole prompts, with what the prefix cache has of them."""
         found = [self._find(row, prefixes) for row in self.rows]
-        kv = KeyValues(self._model, *self._size([length for _, length in found]))
-        for index, (row, (pieces, length)) in enumerate(zip(self.rows, found, strict=True)):
-            if pieces:
+        here = list(zip(self.rows, found, strict=True))
+        self.known = all(pieces and length == row.length - 1 for row, (pieces, length) in here)
+        if self.known:
+            places: dict[tuple[int, ...], int] = {}
+            for row, (pieces, length) in here:
+                self._kv_rows[id(row)] = places.setdefault((length, *map(id, pieces)), len(places))
+        kv, filled = KeyValues(self._model, *self._size([length for _, length in found])), set[int]()
+        for row, (pieces, length) in here:
+            index = self.kv_row(row)
+            if pieces and index not in filled:
+                filled.add(index)
                 with row.guarded():
                     kv.put_pieces(index, pieces, length)
-                row.cached = length
-            row.generation.note_cached(row.cached)
+            row.cached = length
+            row.generation.note_cached(length)
         return kv
 
     def _size(self, found: Sequence[int]) -> tuple[int, int]:
         """Rows and capacity of the storage. `found`: tokens that are here, of each row."""
         count, longest = len(self.rows), max(row.length for row in self.rows)
+        if self.known:
+            return 1 + max(self._kv_rows.values()), longest - 1
         if self._step.prompt_buckets:
             return bucket(count), bucket(longest, SMALLEST_KV_LENGTH)
         # All rows of a group have a chunk of one length, behind what each has.

@@ -227,6 +227,11 @@ class Row:
         return self.generation.prompt + self.tokens
 
     @property
+    def newest(self) -> int:
+        """The last token of these."""
+        return self.tokens[-1] if self.tokens else self.generation.prompt[-1]
+
+    @property
     def uncached(self) -> list[int]:
         """Tokens that have to go through the model before the next one can be sampled."""
         return self.behind(self.cached)
