@@ -18,8 +18,8 @@ from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.models import joint
-from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.models.segments import PADDING, SMALLEST
 from tests.engine import tiny

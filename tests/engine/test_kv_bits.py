@@ -22,7 +22,8 @@ from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.models.attention import attention
 from engine.models.bridge.decoder import BridgedDecoder
-from engine.models.cache import KeyValues, KvSide, KvSizes
+from engine.models.key_values import KeyValues
+from engine.models.kv_sizes import KvSide, KvSizes
 from engine.models.llama import Llama
 from engine.models.shard import Shard
 from engine.prefixes.memory import PrefixCache

@@ -21,7 +21,7 @@ from engine.generation.pacing import LEAST_MIXED, MIXED, TRIES, WITHOUT, LanePac
 from engine.generation.prefill import SHORT, Prefill
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.prefixes.memory import PrefixCache
 from stoker.errors import JobCancelled

@@ -18,8 +18,8 @@ from engine.generation.batch import Batch
 from engine.generation.row import Row
 from engine.models import openings
 from engine.models.buckets import bucket
-from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.models.openings import FEWEST, Kept, Opening, Share, Span, own_lengths, share
 from engine.models.segments import PADDING, SMALLEST

@@ -19,7 +19,7 @@ from engine.generation.pacing import Chunk, LanePacer
 from engine.generation.prefill import Prefill, PrefillPacer
 from engine.generation.row import Row
 from engine.generation.step import Compiled, Step
-from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
+from engine.models.key_values import SMALLEST_KV_LENGTH, KeyValues
 from engine.models.llama import Llama
 from engine.prefixes.memory import SHORTEST, PrefixCache
 from engine.ticket import Ticket

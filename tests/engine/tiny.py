@@ -13,8 +13,9 @@ from tokenizers import models, pre_tokenizers
 
 from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, square_norms, target_shapes
 from engine.checkpoints.loading import LoadedModel
-from engine.models.cache import HoldsKeyValues, KeyValues
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
+from engine.models.kv_sizes import HoldsKeyValues
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
 from stoker.contract import TrainRequest

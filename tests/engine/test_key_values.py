@@ -8,7 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.models.cache import KeyValues, KvSide, KvSizes, StateShape, View
+from engine.models.key_values import KeyValues
+from engine.models.kv_sizes import KvSide, KvSizes, StateShape
+from engine.models.view import View
 from engine.platform.compiler import on_cpu
 
 FLOAT = mx.float32
