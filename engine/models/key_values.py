@@ -26,7 +26,7 @@ SMALLEST_KV_LENGTH = 256
 KV_LENGTH_STEP = 64
 
 
-def shape_for(lengths: Sequence[int]) -> tuple[int, int]:
+def _shape_for(lengths: Sequence[int]) -> tuple[int, int]:
     """(rows, capacity) of a rectangle that holds rows of such lengths."""
     return bucket(len(lengths)), bucket(max(lengths), SMALLEST_KV_LENGTH)
 
@@ -78,7 +78,7 @@ class KeyValues:
 
     def bytes_of_some(self, _: Sequence[int], lengths: Sequence[int], more: Sequence[Span]) -> int:
         """What storage takes that holds these rows of it, of such lengths, those that come, and no others."""
-        rows, capacity = shape_for(_with(lengths, more))
+        rows, capacity = _shape_for(_with(lengths, more))
         return rows * (capacity * self._token + self._state)
 
     def has_room(self, lengths: Sequence[int]) -> bool:
@@ -92,7 +92,7 @@ class KeyValues:
     def fit(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> None:
         """Have room for rows of such lengths and for those that come behind them."""
         if not self.has_room(lengths := _with(lengths, more)):
-            rows, capacity = shape_for(lengths)
+            rows, capacity = _shape_for(lengths)
             self.resize(max(rows, self.rows), max(capacity, self.capacity))
 
     def padded(self, rows: int) -> int:
@@ -106,7 +106,7 @@ class KeyValues:
 
     def shrink(self, lengths: Sequence[int]) -> None:
         """Give back what rows of such lengths do not need."""
-        self.resize(*shape_for(lengths))
+        self.resize(*_shape_for(lengths))
 
     def pending(self, offset: np.ndarray, rows: int | None = None) -> None:
         """What a pass has to know of where its rows lie: nothing, for each is at its own index."""
@@ -118,7 +118,7 @@ class KeyValues:
             return
         for arrays in (self.keys, self.values):
             for layer in range(len(arrays)):
-                arrays[layer] = resized(arrays[layer], rows, capacity)
+                arrays[layer] = _resized(arrays[layer], rows, capacity)
                 mx.eval(arrays[layer])
         self.states = [_resized_rows(array, rows) for array in self.states]
         mx.eval(self.states)
@@ -243,7 +243,7 @@ def _resized_rows(array: mx.array, rows: int) -> mx.array:
     return mx.pad(kept, [(0, more), *[(0, 0)] * (array.ndim - 1)]) if more else mx.contiguous(kept)
 
 
-def resized(array: mx.array, rows: int, capacity: int) -> mx.array:
+def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
     """More or fewer rows and positions of one array; what fits stays."""
     array = array[:rows, :, :capacity]
     more = [(0, rows - array.shape[0]), (0, 0), (0, capacity - array.shape[2]), (0, 0)]

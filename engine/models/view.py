@@ -56,10 +56,9 @@ class WriteIndices(NamedTuple):
         row, head, token = np.indices((offset.shape[0], heads, tokens), dtype=np.uint32)
         return cls(row, head, offset[:, None, None] + mx.array(token))
 
-    def write(self, array: mx.array, fresh: mx.array, first: int = 0) -> None:
-        """Put tokens (rows, heads, tokens, size) into an array, in place, and in one launch. `first`: the array's head
-        that is their first."""
-        array[mx.array(self.rows), mx.array(self.heads + np.uint32(first)), self.positions] = fresh
+    def write(self, array: mx.array, fresh: mx.array) -> None:
+        """Put tokens (rows, heads, tokens, size) into an array, in place, and in one launch."""
+        array[mx.array(self.rows), mx.array(self.heads), self.positions] = fresh
 
 
 class View:
