@@ -24,8 +24,8 @@ from engine.generation.draws import Draw
 from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
-from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.models.qwen2 import Qwen2Args
 from engine.platform.probe import device

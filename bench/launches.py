@@ -30,9 +30,9 @@ from engine.generation.draws import Draw
 from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
-from engine.models import cache, fastmath, rope
-from engine.models.cache import KeyValues
+from engine.models import fastmath, rope, view
 from engine.models.joint import JointKeyValues, JointPlaces
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.models.qwen2 import Qwen2Args
 from kernels.backend import using
@@ -225,6 +225,6 @@ def _whole_operations() -> Iterator[None]:
     stand_ins: dict[str, Any] = {name: whole(name) for name in names}
     # A gradient of its own is nothing that MLX could export, and nothing that is launched.
     plain = patch.object(fastmath, "gated_silu", lambda gate, up: gate * mx.sigmoid(gate) * up)
-    for_gpus = [patch.object(module, "on_cpu", lambda: False) for module in (cache, fastmath, rope)]
+    for_gpus = [patch.object(module, "on_cpu", lambda: False) for module in (view, fastmath, rope)]
     with for_gpus[0], for_gpus[1], for_gpus[2], plain, patch.multiple(mx.fast, **stand_ins):
         yield

@@ -154,9 +154,9 @@ def float_bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
 
-def threads_for(width: int, most: int = 1024) -> int:
+def threads_for(width: int) -> int:
     """Threads of a threadgroup that shares a row of `width`: about four elements each, in whole simdgroups."""
-    return min(most, max(32, -(-width // 128) * 32))
+    return min(1024, max(32, -(-width // 128) * 32))
 
 
 def on_device(shape: Sequence[int], dtype: mx.Dtype, scale: float = 1.0) -> mx.array:

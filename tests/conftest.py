@@ -221,6 +221,13 @@ def warm_stack(settings: Settings) -> Iterator[Stack]:
     assert_nothing(lambda: processes_of(settings.home), "processes that outlive their stack")
 
 
+def replace_worker(stack: Stack) -> None:
+    """Wait for a worker that is ending, and start another."""
+    assert stack.worker is not None
+    stack.worker.stop()
+    stack.start_worker()
+
+
 def stack_settings(home: Path, **overrides: Any) -> Settings:
     """Without drafts: tiny models turn in circles, and their streams would end before a test has looked at them."""
     usual = {"home": home, "grace": 5.0, "lease": 3, "models": (EMBED_MODEL, GENERATE_MODEL), "lookup": False}

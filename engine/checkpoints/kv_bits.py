@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from engine.models.bridge.decoder import BridgedDecoder
-from engine.models.cache import KvSizes
 from engine.models.decoder import Decoder
+from engine.models.kv_sizes import KvSizes
 from kernels.packed_kv import fits
 
 log = logging.getLogger(__name__)

@@ -92,11 +92,6 @@ class Turns(Generic[J]):
         """Those with a text that waits, in the order in which they came."""
         return list(self._lines)
 
-    def next_of(self, job: J) -> tuple[int, int]:
-        """The turn and the tokens of the job's next text."""
-        line = self._lines[job]
-        return line.turn, line.length
-
     def remove(self, job: J) -> None:
         """Forget what waits of a job, if anything does."""
         if job in self._lines:

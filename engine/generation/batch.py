@@ -16,9 +16,9 @@ from engine.generation.prefill import PromptChunk
 from engine.generation.row import Row, RowState
 from engine.generation.sampling import picks
 from engine.generation.step import Step
-from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
 from engine.models.openings import Span
 
 

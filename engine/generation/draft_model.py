@@ -19,8 +19,8 @@ from engine.generation.row import Row
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Compiled, Step
 from engine.models.buckets import bucket
-from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import SMALLEST_KV_LENGTH, KeyValues
 
 #: Tokens that a row may be behind, and is still drafted for: the pass that drafts takes them along.
 LAG = 16

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from engine.generation.batch import Batch
 from engine.generation.draft_model import DraftModel
 from engine.generation.row import Row
-from engine.models.cache import bytes_per_token
 from engine.models.decoder import Decoder
+from engine.models.kv_sizes import bytes_per_token
 from engine.models.openings import Span
 from engine.prefixes.memory import PrefixCache
 

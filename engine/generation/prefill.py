@@ -18,8 +18,8 @@ from engine.generation.sampling import picks
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step, Underway
 from engine.models.buckets import bucket
-from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
 from engine.models.decoder import Decoder
+from engine.models.key_values import SMALLEST_KV_LENGTH, KeyValues
 from engine.prefixes.memory import PrefixCache
 
 #: Tokens of a chunk, all rows together. At least: each takes a pass over the weights; with 16 on a CPU, streams during

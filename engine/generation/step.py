@@ -20,11 +20,12 @@ from engine.generation.forward_input import ForwardInput, filled, flatten, skele
 from engine.generation.sampling import choose
 from engine.generation.sampling_batch import SamplingBatch
 from engine.models.attention import Mask
-from engine.models.cache import KeyValues, Stored, View
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues, JointRun, JointView
+from engine.models.key_values import KeyValues, Stored
 from engine.models.mixed import MixedView
 from engine.models.stretches import Hidden, Stretch, without_tokens
+from engine.models.view import View
 from engine.platform.compiler import fuses_on_cpu, on_cpu
 
 #: What one pass writes and reads.

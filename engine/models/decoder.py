@@ -7,11 +7,12 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from engine.models.cache import KvSizes, LayerCache
 from engine.models.joint import Cache
+from engine.models.kv_sizes import KvSizes
 from engine.models.layers import LayerAdapters, Linear
 from engine.models.shard import Shard
 from engine.models.stretches import Stretches
+from engine.models.view import LayerCache
 
 
 class DecoderArgs(Protocol):

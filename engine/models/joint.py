@@ -19,11 +19,13 @@ import numpy as np
 
 from engine.models.attention import Mask
 from engine.models.buckets import bucket
-from engine.models.cache import SMALLEST_KV_LENGTH, HoldsKeyValues, KeyValues, KvSide, LayerCache, Stored
+from engine.models.key_values import SMALLEST_KV_LENGTH, KeyValues, Stored
+from engine.models.kv_sizes import HoldsKeyValues, KvSide
 from engine.models.layers import RowAdapters
 from engine.models.mixed import MixedView
 from engine.models.openings import Span
 from engine.models.segments import PADDING, Segment, Segments
+from engine.models.view import LayerCache
 from kernels.attend import AttendAdapters
 
 #: Layers of one array. More make fewer launches, and each array is there twice while it grows.

@@ -14,15 +14,16 @@ import mlx.core as mx
 
 from engine.models import rope
 from engine.models.attention import attention, from_heads, to_heads
-from engine.models.cache import KvSide, KvSizes, LayerCache
 from engine.models.decoder import RunBlock
 from engine.models.fastmath import swiglu
 from engine.models.joint import Cache, JointView
+from engine.models.kv_sizes import KvSide, KvSizes
 from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm
 from engine.models.mixed import MixedView
 from engine.models.shard import Shard
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
 from engine.models.stretches import Hidden, Stretches, in_parts, without_tokens
+from engine.models.view import LayerCache
 from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
 from kernels.attend import AttendInput, attend, unfit

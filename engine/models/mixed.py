@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.models.attention import from_heads
-from engine.models.cache import View
+from engine.models.view import View
 
 
 class MixedView:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from engine.models.cache import KvSizes
+from engine.models.kv_sizes import KvSizes
 from engine.models.layers import Embedding, LayerAdapters, Linear, RMSNorm, RowAdapters
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.shard import Shard

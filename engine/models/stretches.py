@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import mlx.core as mx
 
-from engine.models.cache import Stored
 from engine.models.joint import Cache, together
+from engine.models.key_values import Stored
 from engine.models.layers import LayerAdapters, Linear, RMSNorm
 
 #: Hidden states, and what the next layer's norm makes of them: (B, T, dim) each, or (B, dim) of one new token a row.

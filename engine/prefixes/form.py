@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from engine.models.cache import KvSizes
+from engine.models.kv_sizes import KvSizes
 from engine.weights.safetensors_header import ITEM_BYTES
 
 #: safetensors' names of what keys, values and states are made of.

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.prefixes.tree import Node, Path, Tree
 
 #: A shorter beginning is prefilled faster than it is found and copied.

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.checkpoints.loading import LoadedModel
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.prefixes import entry_file
 from engine.prefixes.folder import LONGER, SHORTEST, PrefixFolder
 from engine.prefixes.form import Form

@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.openings import shared_length
 
 #: What the next tokens are found by: the first ones at the beginning, one behind it.

@@ -6,15 +6,11 @@ and template instantiation included, so nothing of MLX's wrapping is imitated he
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-
-#: A call of a barrier, in a body or in a shared header.
-BARRIER = re.compile(r"\b(?:threadgroup|simdgroup)_barrier\s*\([^;]*\)\s*;")
 
 
 @dataclass(frozen=True)
@@ -32,16 +28,6 @@ class Launch:
     outputs: tuple[tuple[tuple[int, ...], mx.Dtype], ...]
     #: What MLX fills the outputs with beforehand. The export leaves it out: set it by hand.
     init_value: float | None = None
-
-    @property
-    def barriers(self) -> list[str]:
-        return BARRIER.findall(self.source)
-
-    def without_barrier(self, number: int) -> Launch:
-        """The same with the barrier `number`, from 0, taken out."""
-        match = list(BARRIER.finditer(self.source))[number]
-        start, end = match.span()
-        return replace(self, source=f"{self.source[:start]}/* a barrier was here */;{self.source[end:]}")
 
 
 def trace(function: Callable[..., Any], *arrays: mx.array) -> Launch:

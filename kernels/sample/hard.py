@@ -156,18 +156,3 @@ def _at_penalised(given: SampleInput, penalties: Penalties) -> SampleInput:
     token = np.take_along_axis(ids, np.take_along_axis(score, ids, axis=1).argmax(axis=1)[:, None], axis=1)
     middle = np.take_along_axis(to - weights / weights.sum(axis=1, keepdims=True) / 2, token, axis=1)
     return given._replace(uniform=mx.array(middle.astype(np.float32)))
-
-
-def random_rows(random: np.random.Generator, rows: int, vocabulary: int, dtype: mx.Dtype) -> SampleInput:
-    """Arguments of `rows` draws, each row of its own pattern, scale and setting."""
-    logits: list[Floats] = []
-    chosen: list[Setting] = []
-    ways = [*settings(vocabulary)]
-    while len(logits) < rows:
-        for _, row in patterns(random, vocabulary):
-            scale = np.float32(2.0 ** random.integers(-2, 2))
-            logits.append(np.asarray(row, np.float32) * scale)
-            way = ways[random.integers(len(ways))]
-            top_p = float(np.float32(random.random())) if way.top_p < 1.0 and random.random() < 0.8 else way.top_p
-            chosen.append(way._replace(top_p=top_p, uniform=float(np.float32(random.random() * (1 - 2.0**-24)))))
-    return call(np.stack(logits[:rows]), chosen[:rows], dtype)

@@ -127,12 +127,6 @@ class Stack:
             self._before = {presence.worker for presence in client.workers()}
         self.worker = self._spawn("worker", worker_command(self.settings, self._node), self.settings.grace + 5)
 
-    def replace_worker(self) -> None:
-        """Wait for a worker that is ending, and start another."""
-        if self.worker is not None:
-            self.worker.stop()
-        self.start_worker()
-
     def _spawn(self, name: str, command: list[str], grace: float) -> Process:
         # The children get the settings of this process, also those that did not come from its environment.
         env = {**self.settings.environment(), "STOKER_URL": self.settings.address.url, "PYTHONUNBUFFERED": "1"}

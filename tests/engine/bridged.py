@@ -22,7 +22,7 @@ from engine.checkpoints.loading import LoadedModel
 from engine.models.bridge import package, weights
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.models.bridge.linears import adapter_name
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.training.data import TokenizedExample, collate
 from engine.training.trainer import Trainer, _arrays
 from engine.weights import safetensors

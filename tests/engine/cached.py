@@ -7,8 +7,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from engine.models.cache import KeyValues, View
 from engine.models.decoder import Decoder
+from engine.models.key_values import KeyValues
+from engine.models.view import View
 
 
 def through(model: Decoder, kv: KeyValues, tokens: list[list[int]], offset: list[int], **how: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from engine.adapters.pool import AdapterPool
 from engine.checkpoints.loading import LoadedModel, load
 from engine.models.llama import Llama, LlamaArgs
 from engine.weights import safetensors
@@ -66,6 +67,27 @@ def tiny_llama() -> Llama:
 def model(tiny_llama: Llama) -> LoadedModel:
     """The same as the engine holds one, with a tokenizer."""
     return tiny.loaded(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def ending() -> LoadedModel:
+    """One whose answers end early, now and then."""
+    mx.random.seed(7)
+    return tiny.loaded(Llama(TINY, RandomTensors()), eos_ids=range(2, 8))
+
+
+@pytest.fixture
+def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
+    """Of the test's model, or of another of its sizes: adapters "one" and "two", of different rank."""
+    return tiny.pool(model, tmp_path)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """A pass goes its way through traces and their keys, and `mx.compile` gives back what it was given."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.models.bridge import package
 from engine.models.bridge.decoder import BridgedDecoder
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.weights.precision import Precision
 from tests.engine import cached
 

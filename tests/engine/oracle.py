@@ -16,8 +16,8 @@ import numpy as np
 from engine.adapters.lora import LoraWeights
 from engine.checkpoints.loading import LoadedModel
 from engine.models.attention import Mask
-from engine.models.cache import KvSizes
 from engine.models.decoder import Decoder
+from engine.models.kv_sizes import KvSizes
 from engine.models.layers import LayerAdapters
 from stoker.contract import Completion, GenerateRequest, StreamToken
 from tests.engine import tiny

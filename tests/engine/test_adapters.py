@@ -22,7 +22,6 @@ from engine.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 from engine.adapters.pool import BASE, AdapterPool
 from engine.adapters.store import NOTES_FILE, AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
-from engine.models.llama import Llama
 from engine.ticket import Ticket
 from engine.weights import safetensors
 from stoker.contract import AdapterRequest
@@ -35,11 +34,6 @@ from tests.engine.test_peft import write_mlx_lm
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOKENS = [[3, 1, 4, 1, 5, 9, 2, 6]]
-
-
-@pytest.fixture
-def model(tiny_llama: Llama) -> LoadedModel:
-    return tiny.loaded(tiny_llama)
 
 
 @pytest.fixture

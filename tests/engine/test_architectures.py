@@ -14,7 +14,7 @@ import pytest
 from engine.checkpoints.loading import LoadedModel, load
 from engine.embedding.pooling import pool
 from engine.models import fastmath, rope
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import LlamaArgs
 from engine.models.mistral import MistralArgs
 from engine.models.mpnet import MPNetArgs

@@ -17,7 +17,7 @@ from engine.generation.prefill import LEAST, MOST, PrefillPacer
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest
 

@@ -24,8 +24,8 @@ from engine.models import rope
 from engine.models.bridge import blocks, linears, package, slots, weights
 from engine.models.bridge.attention import scaled_dot_product_attention
 from engine.models.bridge.decoder import BridgedDecoder
-from engine.models.cache import KeyValues
 from engine.models.decoder import DecoderBlock
+from engine.models.key_values import KeyValues
 from engine.models.layers import LayerAdapters
 from engine.weights import safetensors
 from engine.weights.precision import Precision

@@ -13,7 +13,7 @@ import pytest
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.shard import Shard
 from engine.training.data import TokenizedExample
 from engine.training.trainer import Trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +42,6 @@ from tests.engine.test_generate_lane import (
     MODES,
     Driver,
     Sent,
-    adapters,
     assert_same,
     long,
     random_requests,
@@ -129,21 +128,6 @@ def model(tiny_llama: Llama) -> LoadedModel:
     return tiny.loaded(tiny_llama, eos_ids=[])
 
 
-@pytest.fixture(scope="module")
-def ending() -> LoadedModel:
-    """One whose answers end early, now and then."""
-    mx.random.seed(7)
-    return tiny.loaded(Llama(TINY, RandomTensors()), eos_ids=range(2, 8))
-
-
-@pytest.fixture
-def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
-    pool = AdapterPool(model, AdapterStore(tmp_path))
-    for name, weights in adapters(model).items():
-        pool.save(name, weights, {})
-    return pool
-
-
 def ordinary(model: LoadedModel, pool: AdapterPool, one: GenerateRequest) -> Sent:
     driver = Driver(model, pool, slots=1)
     sent = driver.send(one)
@@ -193,13 +177,6 @@ def test_with_a_draft_model_a_request_gets_the_tokens_of_ordinary_decoding_in_an
     """Greedy and drawn, with penalties, adapters, stops, ends and several completions; with room for few, too."""
     draft = ending if seed % 2 else small()
     assert check(ending, pool, draft, seed, **MODES[seed % 3]).lane.load.drafted > 0
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ from stoker.errors import ModelError
 from tests.engine import bridged, tiny
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.oracle import Oracle
-from tests.engine.test_generate_lane import MODES, Driver, Sent, adapters, assert_same, random_requests, request
+from tests.engine.test_generate_lane import MODES, Driver, Sent, assert_same, random_requests, request
 from tests.thorough import quick
 
 
@@ -96,21 +96,6 @@ def model(tiny_llama: Llama) -> LoadedModel:
     return tiny.loaded(tiny_llama, eos_ids=[])
 
 
-@pytest.fixture
-def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
-    pool = AdapterPool(model, AdapterStore(tmp_path))
-    for name, weights in adapters(model).items():
-        pool.save(name, weights, {})
-    return pool
-
-
-@pytest.fixture(scope="module")
-def ending() -> LoadedModel:
-    """One whose answers end early, now and then."""
-    mx.random.seed(7)
-    return tiny.loaded(Llama(TINY, RandomTensors()), eos_ids=range(2, 8))
-
-
 def ordinary(model: LoadedModel, pool: AdapterPool, one: GenerateRequest) -> Sent:
     driver = Driver(model, pool, slots=1)
     sent = driver.send(one)
@@ -138,7 +123,7 @@ def check(
             sent.append(driver.foreseen(requests[len(sent)], wanted[len(sent)]))
         driver.step()
     driver.assert_empty()
-    oracle = Oracle(model, held or adapters(model))
+    oracle = Oracle(model, held or tiny.adapters(model))
     for one, found, alone in zip(requests, sent, wanted, strict=True):
         assert_same(found, alone)
         assert [token.index for token in found.tokens] == list(range(len(found.tokens)))
@@ -160,13 +145,6 @@ def test_with_drafts_a_request_gets_the_tokens_of_ordinary_decoding_in_any_traff
     assert drafted > 0
     assert accepted == drafted or wrong > 0.0
     assert accepted < drafted or wrong < 1.0
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.mark.usefixtures("uncompiled")

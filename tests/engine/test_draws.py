@@ -18,7 +18,7 @@ from engine.generation.sampling import sample
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
 from engine.models.buckets import bucket
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.prefixes.memory import PrefixCache
 from engine.ticket import Ticket

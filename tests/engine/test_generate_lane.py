@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -44,7 +43,6 @@ from stoker.errors import (
     WorkerUnavailable,
 )
 from tests.engine import tiny
-from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.oracle import Oracle
 from tests.thorough import quick
 
@@ -57,19 +55,6 @@ CHUNK = 64
 def model(tiny_llama: Llama) -> LoadedModel:
     """Without an end token: how long an answer gets must not hang on random weights."""
     return tiny.loaded(tiny_llama, eos_ids=[])
-
-
-@pytest.fixture
-def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
-    """Two adapters of different rank."""
-    pool = AdapterPool(model, AdapterStore(tmp_path))
-    for name, weights in adapters(model).items():
-        pool.save(name, weights, {})
-    return pool
-
-
-def adapters(model: LoadedModel) -> dict[str, LoraWeights]:
-    return {"one": tiny.adapter(model, 2, 1), "two": tiny.adapter(model, 5, 2)}
 
 
 @dataclass
@@ -191,48 +176,34 @@ MODES: list[dict[str, Any]] = [{}, {"kv_bytes": 700_000}, {"stall": 1e-9, "slots
 SEEDS = quick(*range(14), of=range(50))
 
 
-@pytest.fixture(scope="module")
-def traffic_model() -> LoadedModel:
-    mx.random.seed(7)
-    return tiny.loaded(Llama(TINY, RandomTensors()), eos_ids=range(2, 8))
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic(
-    traffic_model: LoadedModel, pool: AdapterPool, seed: int
+    ending: LoadedModel, pool: AdapterPool, seed: int
 ) -> None:
     """Requests arrive and are cancelled at random moments; more of them than there are slots, and some end early. Each
     gets what it gets alone, and what an oracle that shares no code of the lane says."""
-    check_traffic(traffic_model, pool, seed, **MODES[seed % 3])
+    check_traffic(ending, pool, seed, **MODES[seed % 3])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(12))
-def test_the_same_holds_for_compiled_passes(traffic_model: LoadedModel, pool: AdapterPool, seed: int) -> None:
+def test_the_same_holds_for_compiled_passes(ending: LoadedModel, pool: AdapterPool, seed: int) -> None:
     """As on a GPU: everything padded to buckets, prompts in groups. The CPU back-end runs g++ for long."""
-    check_traffic(traffic_model, pool, seed, compiled=["all", "decode"][seed % 2], **MODES[seed % 3])
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """A pass goes its way through traces and their keys, and `mx.compile` gives back what it was given."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+    check_traffic(ending, pool, seed, compiled=["all", "decode"][seed % 2], **MODES[seed % 3])
 
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("seed", quick(*range(3), of=range(12)))
-def test_a_trace_serves_every_pass_that_has_its_key(traffic_model: LoadedModel, pool: AdapterPool, seed: int) -> None:
+def test_a_trace_serves_every_pass_that_has_its_key(ending: LoadedModel, pool: AdapterPool, seed: int) -> None:
     """The quick form: padded to buckets, prompts in groups, and a pass that finds a trace gets what that one keeps."""
-    check_traffic(traffic_model, pool, seed, compiled=["all", "decode"][seed % 2], **MODES[seed % 3])
+    check_traffic(ending, pool, seed, compiled=["all", "decode"][seed % 2], **MODES[seed % 3])
 
 
 def check_traffic(
     model: LoadedModel, pool: AdapterPool, seed: int, held: dict[str, LoraWeights] | None = None, **limits: Any
 ) -> None:
-    """`held`: the adapters "one" and "two" of the pool, where they are not `adapters(model)`. Half the seeds have
+    """`held`: the adapters "one" and "two" of the pool, where they are not `tiny.adapters(model)`. Half the seeds have
     requests of several priorities: rows rest, change places and make way."""
     requests = random_requests(seed, 4)
     if seed % 4 in (1, 2):
@@ -260,7 +231,7 @@ def check_traffic(
         driver.step()
     driver.assert_empty()
 
-    oracle = Oracle(model, held or adapters(model))
+    oracle = Oracle(model, held or tiny.adapters(model))
     for number, wanted in enumerate(alone):
         found = sent[number]
         for completion in range(requests[number].n):

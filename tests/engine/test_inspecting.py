@@ -20,8 +20,8 @@ from engine.checkpoints.loading import DECODERS, LoadedModel, load
 from engine.checkpoints.quantizing import Quantized, quantize_folder
 from engine.checkpoints.verifying import verify
 from engine.models.bridge import weights
-from engine.models.cache import bytes_per_token
 from engine.models.embedders import ENCODERS
+from engine.models.kv_sizes import bytes_per_token
 from engine.weights import safetensors
 from stoker.cli import engine_tool
 from stoker.errors import ModelError

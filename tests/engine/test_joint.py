@@ -11,19 +11,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.adapters.pool import AdapterPool
-from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.models import joint
-from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.models.segments import PADDING, SMALLEST
 from tests.engine import tiny
-from tests.engine.test_generate_lane import MODES, adapters, check_traffic
+from tests.engine.test_generate_lane import MODES, check_traffic
 from tests.thorough import quick
 
 #: The tokens that each of three rows begins with, and how many there are.
@@ -236,7 +234,4 @@ def test_segments_never_overlap_and_rows_keep_what_they_hold(tiny_llama: Llama, 
 def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic_over_joint_arrays(
     joint_model: LoadedModel, tmp_path: Path, seed: int
 ) -> None:
-    pool = AdapterPool(joint_model, AdapterStore(tmp_path))
-    for name, weights in adapters(joint_model).items():
-        pool.save(name, weights, {})
-    check_traffic(joint_model, pool, seed, **MODES[seed % 3])
+    check_traffic(joint_model, tiny.pool(joint_model, tmp_path), seed, **MODES[seed % 3])

@@ -19,9 +19,9 @@ from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling import choose, picks
 from engine.generation.sampling_batch import sampling_batch
 from engine.generation.step import Step
-from engine.models.cache import KeyValues
 from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.platform.probe import choose_kernels, describe_kernels
 from kernels import backend

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from engine.adapters.pool import AdapterPool
-from engine.adapters.store import AdapterStore
 from engine.checkpoints.kv_bits import keep_in_bits, unfit
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.forward_input import ForwardInput
@@ -22,7 +21,8 @@ from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.models.attention import attention
 from engine.models.bridge.decoder import BridgedDecoder
-from engine.models.cache import KeyValues, KvSide, KvSizes
+from engine.models.key_values import KeyValues
+from engine.models.kv_sizes import KvSide, KvSizes
 from engine.models.llama import Llama
 from engine.models.shard import Shard
 from engine.prefixes.memory import PrefixCache
@@ -34,7 +34,7 @@ from tests.engine.cached import through
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.oracle import whole
 from tests.engine.test_drafts import check as check_drafts
-from tests.engine.test_generate_lane import MODES, Driver, adapters, check_traffic, request
+from tests.engine.test_generate_lane import MODES, Driver, check_traffic, request
 from tests.engine.test_prefix_disk import ASKED, SYSTEM, Machine, cached
 from tests.thorough import quick
 
@@ -62,10 +62,7 @@ def packed(bits: int) -> LoadedModel:
 
 @pytest.fixture
 def pool(packed: LoadedModel, tmp_path: Path) -> AdapterPool:
-    made = AdapterPool(packed, AdapterStore(tmp_path))
-    for name, weights in adapters(packed).items():
-        made.save(name, weights, {})
-    return made
+    return tiny.pool(packed, tmp_path)
 
 
 # --- the numbers ---
@@ -204,7 +201,7 @@ def test_the_same_holds_over_the_arrays_that_gpus_decode_over(
 
 @pytest.mark.usefixtures("joined")
 def test_a_pass_over_drafts_packs_and_reads_them_too(packed: LoadedModel, pool: AdapterPool) -> None:
-    check_drafts(packed, pool, 2, 0.3, adapters(packed))
+    check_drafts(packed, pool, 2, 0.3, tiny.adapters(packed))
 
 
 def test_both_kinds_of_arrays_hold_the_same_words(packed: LoadedModel) -> None:
@@ -246,7 +243,7 @@ def test_a_resumed_stream_has_the_tokens_of_one_that_was_not_disturbed(packed: L
 def test_with_drafts_a_request_gets_the_tokens_of_ordinary_decoding(
     packed: LoadedModel, pool: AdapterPool, seed: int
 ) -> None:
-    check_drafts(packed, pool, seed, 0.3, adapters(packed))
+    check_drafts(packed, pool, seed, 0.3, tiny.adapters(packed))
 
 
 # --- prefixes ---

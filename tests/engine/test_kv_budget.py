@@ -17,7 +17,8 @@ from engine.generation.prefill import Prefill
 from engine.generation.prompt import TokenizedPrompt
 from engine.generation.row import Generation, Row
 from engine.generation.step import Step
-from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues, bytes_per_token
+from engine.models.key_values import SMALLEST_KV_LENGTH, KeyValues
+from engine.models.kv_sizes import bytes_per_token
 from engine.prefixes.memory import PrefixCache
 from engine.ticket import Ticket
 from stoker.contract import GenerateRequest

@@ -14,8 +14,9 @@ from engine.adapters.stacked import StackedLora
 from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
-from engine.models.cache import KeyValues, View
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
+from engine.models.view import View
 from tests.engine import bridged
 
 

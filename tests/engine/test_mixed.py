@@ -21,13 +21,13 @@ from engine.generation.pacing import LEAST_MIXED, MIXED, TRIES, WITHOUT, LanePac
 from engine.generation.prefill import SHORT, Prefill
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.prefixes.memory import PrefixCache
 from stoker.errors import JobCancelled
 from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
-from tests.engine.test_generate_lane import Driver, Sent, adapters, apart, request
+from tests.engine.test_generate_lane import Driver, Sent, apart, request
 
 LONG = [3 + number % 50 for number in range(120)]
 
@@ -144,11 +144,9 @@ def test_a_pass_over_both_gives_what_a_pass_over_each_gives(tmp_path: Path, form
         model = Llama(replace(TINY, head_dim=32), RandomTensors())
         model.kv_bits = 8
     loaded = tiny.loaded(model, eos_ids=[])
-    pool, step, greedy = AdapterPool(loaded, AdapterStore(tmp_path)), Step(model, "none"), SamplingBatch()
+    pool, step, greedy = tiny.pool(loaded, tmp_path), Step(model, "none"), SamplingBatch()
     owners, of_prompts = [0, 0, 0], [0] * prompts
     if form == "adapters":
-        for name, weights in adapters(loaded).items():
-            pool.save(name, weights, {})
         one, two = pool.acquire("one"), pool.acquire("two")
         owners, of_prompts = [one, 0, two], [two, one, 0][:prompts]
     tokens = 7

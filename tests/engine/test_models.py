@@ -20,7 +20,8 @@ from engine.generation.step import Step
 from engine.models import fastmath, layers
 from engine.models.attention import attention
 from engine.models.bert import BertArgs
-from engine.models.cache import KeyValues, bytes_per_token
+from engine.models.key_values import KeyValues
+from engine.models.kv_sizes import bytes_per_token
 from engine.models.layers import FusedLinear, Linear
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.sentence import EmbeddingSpec

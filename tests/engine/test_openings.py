@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 from engine.adapters.pool import AdapterPool
-from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.row import Row
 from engine.models import openings
 from engine.models.buckets import bucket
-from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.models.openings import FEWEST, Kept, Opening, Share, Span, own_lengths, share
 from engine.models.segments import PADDING, SMALLEST
@@ -29,7 +28,7 @@ from kernels.emulator import build
 from stoker.contract import GenerateRequest, GenerateResult
 from tests.engine import test_drafts, test_generate_lane, tiny
 from tests.engine.conftest import TINY, RandomTensors
-from tests.engine.test_generate_lane import MODES, Driver, adapters, check_traffic, random_requests, request
+from tests.engine.test_generate_lane import MODES, Driver, check_traffic, random_requests, request
 from tests.engine.test_joint import Rows, grow, leave, swap
 from tests.engine.test_kv_bits import packing
 from tests.thorough import quick
@@ -42,18 +41,6 @@ def joint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows decode over joint arrays; the kernel runs as its reference."""
     apart = Llama.kv_sizes.fget  # type: ignore[attr-defined]
     monkeypatch.setattr(Llama, "kv_sizes", property(lambda llama: apart(llama)._replace(joint=True)))
-
-
-@pytest.fixture
-def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
-    return pool_of(model, tmp_path)
-
-
-def pool_of(model: LoadedModel, folder: Path) -> AdapterPool:
-    pool = AdapterPool(model, AdapterStore(folder))
-    for name, weights in adapters(model).items():
-        pool.save(name, weights, {})
-    return pool
 
 
 # --- who shares what ---
@@ -362,7 +349,7 @@ def test_rows_that_share_get_the_tokens_that_they_get_without(
 def test_rows_with_a_window_that_share_get_the_same_tokens(tmp_path: Path, unshared: Callable[[], None]) -> None:
     mx.random.seed(7)
     model = tiny.loaded(Llama(replace(TINY, window=20), RandomTensors()), eos_ids=[])
-    pool = pool_of(model, tmp_path)
+    pool = tiny.pool(model, tmp_path)
     check_shared_and_alone(model, pool, unshared)
 
 
@@ -394,7 +381,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_any_traffic_of_rows_that_sh
     tiny_llama: Llama, tmp_path: Path, eager: list[int], seed: int
 ) -> None:
     model = tiny.loaded(tiny_llama, eos_ids=range(2, 8))
-    check_traffic(model, pool_of(model, tmp_path), seed, **MODES[seed % 3])
+    check_traffic(model, tiny.pool(model, tmp_path), seed, **MODES[seed % 3])
     assert any(eager)
 
 
@@ -403,7 +390,7 @@ def test_with_drafts_rows_that_share_get_the_tokens_of_ordinary_decoding(
     tiny_llama: Llama, tmp_path: Path, eager: list[int], seed: int
 ) -> None:
     model = tiny.loaded(tiny_llama, eos_ids=range(2, 8))
-    test_drafts.check(model, pool_of(model, tmp_path), seed, 0.2)
+    test_drafts.check(model, tiny.pool(model, tmp_path), seed, 0.2)
     assert any(eager)
 
 

@@ -19,7 +19,7 @@ from engine.generation.pacing import Chunk, LanePacer
 from engine.generation.prefill import Prefill, PrefillPacer
 from engine.generation.row import Row
 from engine.generation.step import Compiled, Step
-from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues
+from engine.models.key_values import SMALLEST_KV_LENGTH, KeyValues
 from engine.models.llama import Llama
 from engine.prefixes.memory import SHORTEST, PrefixCache
 from engine.ticket import Ticket
@@ -40,7 +40,7 @@ def driver(model: LoadedModel, tmp_path: Path) -> Driver:
 
 
 @pytest.fixture
-def uncompiled(model: LoadedModel, tmp_path: Path) -> Driver:
+def separate(model: LoadedModel, tmp_path: Path) -> Driver:
     """As a model of mlx-lm's files on a CPU, where prompts are not compiled and have passes of their own."""
     return apart(Driver(model, AdapterPool(model, AdapterStore(tmp_path)), slots=16))
 
@@ -151,7 +151,7 @@ GROUPS: list[tuple[list[int], list[tuple[int, int]]]] = [
 
 @pytest.mark.parametrize(("lengths", "wanted"), GROUPS)
 def test_a_cpu_reads_short_prompts_together_and_a_long_one_alone(
-    uncompiled: Driver,
+    separate: Driver,
     passes: list[Pass],
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],
@@ -160,8 +160,8 @@ def test_a_cpu_reads_short_prompts_together_and_a_long_one_alone(
     """As many as a chunk takes, 256 tokens with their padding; what a prompt is padded is less than a pass."""
     monkeypatch.setattr(PrefillPacer, "note", lambda *_: None)
     for number, length in enumerate(lengths):
-        uncompiled.send(request(prompt(length, number), max_tokens=1))
-    uncompiled.run()
+        separate.send(request(prompt(length, number), max_tokens=1))
+    separate.run()
     assert [(one.rows, one.tokens) for one in passes] == wanted
 
 
@@ -169,7 +169,7 @@ def test_a_cpu_reads_short_prompts_together_and_a_long_one_alone(
 @pytest.mark.parametrize("tokens", [32, 256])
 def test_prompts_of_a_group_get_the_tokens_that_each_gets_alone(
     model: LoadedModel,
-    uncompiled: Driver,
+    separate: Driver,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     left: list[int],
@@ -196,24 +196,24 @@ def test_prompts_of_a_group_get_the_tokens_that_each_gets_alone(
 
 
 def test_prompts_that_begin_alike_wait_for_the_first_and_go_together_behind_it(
-    uncompiled: Driver, passes: list[Pass]
+    separate: Driver, passes: list[Pass]
 ) -> None:
     """What they share goes through the model once."""
     shared = prompt(40)
     for number in range(5):
-        uncompiled.send(request(shared + prompt(9, number), max_tokens=1))
-    uncompiled.run()
+        separate.send(request(shared + prompt(9, number), max_tokens=1))
+    separate.run()
     assert passes == [(1, 0, 49), (4, 40, 9)]
 
 
 def test_a_prompt_waits_for_none_of_another_adapter(
-    model: LoadedModel, uncompiled: Driver, tmp_path: Path, passes: list[Pass]
+    model: LoadedModel, separate: Driver, tmp_path: Path, passes: list[Pass]
 ) -> None:
     """Its keys and values are others."""
     AdapterPool(model, AdapterStore(tmp_path)).save("one", tiny.adapter(model, 2, 1), {})
     for adapter in (None, "one"):
-        uncompiled.send(request(prompt(40), max_tokens=1, adapter=adapter))
-    uncompiled.run()
+        separate.send(request(prompt(40), max_tokens=1, adapter=adapter))
+    separate.run()
     assert passes == [(2, 0, 40)]
 
 
@@ -240,9 +240,9 @@ def test_prompts_that_have_no_slot_make_no_chunk_longer(
     assert set(asked) == {1}
 
 
-def test_completions_of_a_prompt_too_short_to_be_kept_go_together(uncompiled: Driver, passes: list[Pass]) -> None:
-    uncompiled.send(request(prompt(9), n=6, temperature=1.0, seed=1, max_tokens=1))
-    uncompiled.run()
+def test_completions_of_a_prompt_too_short_to_be_kept_go_together(separate: Driver, passes: list[Pass]) -> None:
+    separate.send(request(prompt(9), n=6, temperature=1.0, seed=1, max_tokens=1))
+    separate.run()
     assert passes == [(6, 0, 9)]
 
 
@@ -301,13 +301,13 @@ def test_a_recurrent_model_reads_prompts_of_one_length_together_without_padding(
     assert [one.ids for one in found] == [one.ids for one in wanted]
 
 
-def test_rows_that_end_with_the_same_pass_move_no_others(uncompiled: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_end_with_the_same_pass_move_no_others(separate: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """A move is a copy of all keys and values."""
     moves: list[tuple[int, int]] = []
     monkeypatch.setattr(KeyValues, "leave", lambda _, row, last, length: moves.append((row, last)))
     for number in range(8):
-        uncompiled.send(request(prompt(5, number), max_tokens=6))
-    uncompiled.run()
+        separate.send(request(prompt(5, number), max_tokens=6))
+    separate.run()
     assert len(moves) == 8
     assert all(row == last for row, last in moves)
 
@@ -331,40 +331,40 @@ def tokens_of(driver: Driver) -> int:
 
 
 def test_a_stream_has_a_token_between_two_chunks_of_others_prompts(
-    uncompiled: Driver, monkeypatch: pytest.MonkeyPatch
+    separate: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many first tokens there are to report."""
     monkeypatch.setattr(PrefillPacer, "note", lambda *_: None)
-    stream = uncompiled.send(request(prompt(4), max_tokens=60))
+    stream = separate.send(request(prompt(4), max_tokens=60))
     while len(stream.tokens) < 3:
-        uncompiled.step()
+        separate.step()
     for number in range(4):
-        uncompiled.send(request(prompt(130, number), max_tokens=20))
-    assert steps(uncompiled, 8) == "pdpdpdpd"
+        separate.send(request(prompt(130, number), max_tokens=20))
+    assert steps(separate, 8) == "pdpdpdpd"
 
 
 def test_the_rows_of_a_burst_wait_for_two_chunks_of_the_others_and_no_longer(
-    uncompiled: Driver, monkeypatch: pytest.MonkeyPatch
+    separate: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing decodes yet, so that nobody's stream is held up."""
     monkeypatch.setattr(PrefillPacer, "note", lambda *_: None)
     for again in range(2):
         for number in range(6):
-            uncompiled.send(request(prompt(200, 6 * again + number), max_tokens=20))
-        assert steps(uncompiled, 4) == "pppd"
-        uncompiled.run()
-    assert [len(sent.tokens) for sent in uncompiled.sent.values()] == [20] * 12
+            separate.send(request(prompt(200, 6 * again + number), max_tokens=20))
+        assert steps(separate, 4) == "pppd"
+        separate.run()
+    assert [len(sent.tokens) for sent in separate.sent.values()] == [20] * 12
 
 
 def test_a_burst_that_comes_while_its_first_prompt_is_read_is_read_before_that_row_decodes(
-    uncompiled: Driver, monkeypatch: pytest.MonkeyPatch
+    separate: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client sends its jobs one by one: the first is alone when it comes."""
     monkeypatch.setattr(PrefillPacer, "note", lambda *_: None)
-    uncompiled.send(request(prompt(200, 0), max_tokens=20))
-    assert steps(uncompiled, 1) == "p"
+    separate.send(request(prompt(200, 0), max_tokens=20))
+    assert steps(separate, 1) == "p"
     for number in (1, 2, 3):
-        uncompiled.send(request(prompt(200, number), max_tokens=20))
-    assert steps(uncompiled, 3) == "ppd"
-    uncompiled.run()
-    assert [len(sent.tokens) for sent in uncompiled.sent.values()] == [20] * 4
+        separate.send(request(prompt(200, number), max_tokens=20))
+    assert steps(separate, 3) == "ppd"
+    separate.run()
+    assert [len(sent.tokens) for sent in separate.sent.values()] == [20] * 4

@@ -17,7 +17,8 @@ from engine.engine import Engine
 from engine.generation import prompt
 from engine.generation.limits import LaneLimits
 from engine.generation.pinning import Pinning
-from engine.models.cache import SMALLEST_KV_LENGTH, KeyValues, bytes_per_token
+from engine.models.key_values import SMALLEST_KV_LENGTH, KeyValues
+from engine.models.kv_sizes import bytes_per_token
 from engine.models.llama import Llama
 from engine.prefixes import folder, shelf
 from engine.prefixes.disk import DiskLimits

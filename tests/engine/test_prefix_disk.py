@@ -21,7 +21,8 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.engine import Engine
 from engine.generation.limits import LaneLimits
-from engine.models.cache import KeyValues, KvSide, KvSizes, StateShape
+from engine.models.key_values import KeyValues
+from engine.models.kv_sizes import KvSide, KvSizes, StateShape
 from engine.models.llama import Llama
 from engine.prefixes import entry_file, folder, shelf
 from engine.prefixes.disk import DiskLimits, PrefixDisk

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from engine.models import openings
-from engine.models.cache import KeyValues, KvSide, KvSizes, StateShape
+from engine.models.key_values import KeyValues
+from engine.models.kv_sizes import KvSide, KvSizes, StateShape
 from engine.models.llama import Llama
 from engine.prefixes import tree
 from engine.prefixes.memory import SHORTEST, PrefixCache

@@ -30,7 +30,7 @@ from engine.generation.roster import Roster
 from engine.generation.row import Generation, Row
 from engine.generation.seats import Seats
 from engine.generation.step import Step
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from engine.ticket import Ticket
 from tests.engine import tiny

@@ -25,7 +25,7 @@ from engine.generation.row import Row
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.models import joint
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Block, Llama
 from engine.prefixes.memory import PrefixCache
 from stoker.errors import JobCancelled

@@ -18,7 +18,7 @@ from engine.checkpoints.loading import LoadedModel, load
 from engine.checkpoints.quantizing import quantize_folder
 from engine.checkpoints.recipes import RECIPES, Recipe
 from engine.models.bridge import package
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.layers import Linear, QuantizedEmbedding, QuantizedLinear
 from engine.models.llama import Llama
 from engine.weights import mlx_layout, safetensors

@@ -28,7 +28,7 @@ from stoker.errors import DeadlineExceeded, JobCancelled, JobFailed, ModelError
 from tests.engine import tiny
 from tests.engine.conftest import TINY, RandomTensors
 from tests.engine.oracle import Oracle
-from tests.engine.test_generate_lane import MODES, Driver, Sent, adapters, random_requests, request
+from tests.engine.test_generate_lane import MODES, Driver, Sent, random_requests, request
 from tests.thorough import in_turn
 
 #: The prompts of rows that are to fail begin so, and no other does.
@@ -44,16 +44,13 @@ class Panic(BaseException):
 
 
 @pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    mx.random.seed(7)
-    return tiny.loaded(Llama(TINY, RandomTensors()), eos_ids=range(2, 8))
+def model(ending: LoadedModel) -> LoadedModel:
+    return ending
 
 
 @pytest.fixture
 def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
-    pool = AdapterPool(model, AdapterStore(tmp_path))
-    for name, weights in adapters(model).items():
-        pool.save(name, weights, {})
+    pool = tiny.pool(model, tmp_path)
     pool.save("nan", spoiled(tiny.adapter(model, 3, 3)), {})
     return pool
 
@@ -227,7 +224,7 @@ def test_a_row_that_fails_ends_its_own_job_and_leaves_nothing(
     assert driver.lane.batch.nbytes == 0 or not driver.lane.batch.rows
     assert driver.lane.kv_bytes <= driver.lane.limits.kv_bytes
 
-    oracle = Oracle(model, adapters(model))
+    oracle = Oracle(model, tiny.adapters(model))
     for kind, asked, one in sent:
         assert one.ticket.done
         if kind == "bad":

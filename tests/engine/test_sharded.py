@@ -18,7 +18,7 @@ from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel, load
 from engine.generation.forward_input import ForwardInput
 from engine.generation.step import Compiled, Step
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.shard import Shard
 from engine.models.sharded import shared

@@ -15,8 +15,8 @@ from engine.generation.forward_input import ForwardInput
 from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Compiled, Step
 from engine.models import joint
-from engine.models.cache import KeyValues
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
 from engine.models.layers import QuantizedLinear
 from engine.models.llama import Block, Llama
 from engine.weights.quantized import Form, quantize

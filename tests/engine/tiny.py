@@ -12,9 +12,12 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora, square_norms, target_shapes
+from engine.adapters.pool import AdapterPool
+from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
-from engine.models.cache import HoldsKeyValues, KeyValues
 from engine.models.joint import JointKeyValues
+from engine.models.key_values import KeyValues
+from engine.models.kv_sizes import HoldsKeyValues
 from engine.models.llama import Llama
 from engine.text.tokenizer import Tokenizer
 from stoker.contract import TrainRequest
@@ -36,6 +39,19 @@ def inner_tokenizer(vocabulary: int) -> tokenizers.Tokenizer:
 
 def tokenizer(vocabulary: int, eos_ids: Sequence[int] = (EOS,)) -> Tokenizer:
     return Tokenizer(inner_tokenizer(vocabulary), eos_ids=eos_ids, pad_id=0)
+
+
+def adapters(model: LoadedModel) -> dict[str, LoraWeights]:
+    """Two of different rank."""
+    return {"one": adapter(model, 2, 1), "two": adapter(model, 5, 2)}
+
+
+def pool(model: LoadedModel, folder: Path) -> AdapterPool:
+    """With these two."""
+    made = AdapterPool(model, AdapterStore(folder))
+    for name, weights in adapters(model).items():
+        made.save(name, weights, {})
+    return made
 
 
 def loaded(llama: Llama, eos_ids: Sequence[int] = (EOS,)) -> LoadedModel:

@@ -15,7 +15,7 @@ from stoker.broker import keys
 from stoker.errors import InvalidRequest, ModelError, UnknownAdapter
 from stoker.local.stack import Stack
 from tests import endless
-from tests.conftest import stack_settings, wait_until
+from tests.conftest import replace_worker, stack_settings, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -98,7 +98,7 @@ def test_a_worker_fetches_the_adapter_that_it_does_not_hold(tmp_path: Path, stor
         os.kill(worker.pid, signal.SIGTERM)
         wait_until(lambda: not client.workers(), "the worker is gone", 60)
         shutil.rmtree(own_stack.settings.adapters)
-        own_stack.replace_worker()
+        replace_worker(own_stack)
         own_stack.wait_until_warm()
         assert say(client, "fetched") == wanted
         assert (own_stack.settings.adapters / endless.MODEL / "fetched/1/adapter_model.safetensors").is_file()

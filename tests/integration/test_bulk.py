@@ -20,7 +20,7 @@ from stoker import AsyncClient, Client
 from stoker.errors import JobError
 from stoker.files.output import partial_path, state_path
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, GENERATE_MODEL, wait_until
+from tests.conftest import EMBED_MODEL, GENERATE_MODEL, replace_worker, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -88,7 +88,7 @@ def test_every_row_is_there_once_after_every_kill(own_embedding_stack: Stack, tm
     wait_until(lambda: rows_safe(output) > before or second.poll() is not None, "it goes on", 600)
     os.kill(worker, signal.SIGKILL)
     assert second.poll() is None, "the worker dies in the middle"
-    own_embedding_stack.replace_worker()
+    replace_worker(own_embedding_stack)
     assert second.wait(900) == 0
     vectors = np.load(output)
     wanted = expected(own_embedding_stack, LONG_SENTENCES)[np.arange(count) % 41]

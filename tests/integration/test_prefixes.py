@@ -15,7 +15,7 @@ from stoker.local.stack import Stack
 from stoker.monitor import metrics
 from stoker.monitor.numbers import MetricsReport
 from tests import endless
-from tests.conftest import wait_until
+from tests.conftest import replace_worker, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -42,7 +42,7 @@ def test_what_a_killed_worker_had_prefilled_the_next_one_has_and_what_is_pinned_
         assert wanted[0].usage.cached_tokens == len(SYSTEM)
         wait_until(lambda: len(list(kept.glob("*/*.safetensors"))) == 2, "both are on the disk")
         os.kill(client.workers()[0].pid, signal.SIGKILL)
-        own_stack.replace_worker()
+        replace_worker(own_stack)
         own_stack.wait_until_warm()
         for prompt, before in zip((SYSTEM, SHARED), wanted, strict=True):
             found = answer(client, prompt, 5)

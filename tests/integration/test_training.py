@@ -13,7 +13,7 @@ from stoker import Client, JobStatus
 from stoker.client.options import TrainOptions
 from stoker.local.stack import Stack
 from tests import endless
-from tests.conftest import wait_until
+from tests.conftest import replace_worker, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -71,7 +71,7 @@ def test_a_run_whose_worker_goes_away_goes_on_in_the_next_and_makes_the_same(own
         reported = [next(reports) for _ in range(13)]
         assert run.status() == JobStatus.RUNNING, "it is in the middle"
         os.kill(worker.pid, how)
-        own_stack.replace_worker()
+        replace_worker(own_stack)
         own_stack.wait_until_warm()
         reported += reports
         result = run.result(60)

@@ -12,9 +12,9 @@ from kernels.backend import using
 from kernels.check import check_hard, run_case
 from kernels.emulator.observe import observing
 from kernels.kernel import DTYPES, Case
-from kernels.sample import KERNEL
-from kernels.sample.hard import LARGE, VOCABULARIES, call, of_vocabulary, patterns, random_rows
-from kernels.sample.rule import Setting, cuts, errors
+from kernels.sample import KERNEL, SampleInput
+from kernels.sample.hard import LARGE, VOCABULARIES, call, of_vocabulary, patterns, settings
+from kernels.sample.rule import Floats, Setting, cuts, errors
 
 IDS = [str(dtype).rpartition(".")[2] for dtype in DTYPES]
 
@@ -80,6 +80,21 @@ def test_every_hard_input_is_drawn_by_the_rule(dtype: mx.Dtype, vocabulary: int)
     assert _failures([*of_vocabulary(dtype, np.random.default_rng(1), vocabulary, step)], dtype) == []
 
 
+def _random_rows(random: np.random.Generator, rows: int, vocabulary: int, dtype: mx.Dtype) -> SampleInput:
+    """Arguments of `rows` draws, each row of its own pattern, scale and setting."""
+    logits: list[Floats] = []
+    chosen: list[Setting] = []
+    ways = [*settings(vocabulary)]
+    while len(logits) < rows:
+        for _, row in patterns(random, vocabulary):
+            scale = np.float32(2.0 ** random.integers(-2, 2))
+            logits.append(np.asarray(row, np.float32) * scale)
+            way = ways[random.integers(len(ways))]
+            top_p = float(np.float32(random.random())) if way.top_p < 1.0 and random.random() < 0.8 else way.top_p
+            chosen.append(way._replace(top_p=top_p, uniform=float(np.float32(random.random() * (1 - 2.0**-24)))))
+    return call(np.stack(logits[:rows]), chosen[:rows], dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
@@ -87,7 +102,7 @@ def test_a_hundred_thousand_draws_follow_the_rule(dtype: mx.Dtype, seed: int) ->
     """All of them together, each row with a pattern, a scale and parameters of its own."""
     random = np.random.default_rng(seed)
     for rows, vocabulary in ((2000, 40), (1500, 300), (700, 1300)):
-        arguments = random_rows(random, rows, vocabulary, dtype)
+        arguments = _random_rows(random, rows, vocabulary, dtype)
         found = errors(arguments, _run(arguments, checked=False))
         worst = int(np.argmax(found))
         assert found[worst] <= KERNEL.tolerances[dtype], (

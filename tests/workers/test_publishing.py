@@ -492,18 +492,21 @@ class Cut:
 
 
 def test_a_worker_that_ends_while_the_broker_is_away_leaves_no_gap_in_a_stream(
-    redis: Any, make: Callable[..., Publisher]
+    redis: Any, make: Callable[..., Publisher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Cut(redis)
     publisher = make(client)
     publisher.publish(entries("a", 3))
     assert client.met.wait(10)
     publisher.publish(entries("a", 3, start=3))
-    stopping = threading.Thread(target=publisher.stop)
-    stopping.start()
-    wait_until(publisher.is_stopping, "it is asked to end")
-    client.away.set()
-    stopping.join(10)
+    join = publisher.thread.join
+
+    def back(seconds: float) -> None:
+        client.away.set()
+        join(seconds)
+
+    monkeypatch.setattr(publisher.thread, "join", back)
+    publisher.stop()
     assert indices(redis, "a") == [], "the second three alone would leave a gap"
     with pytest.raises(WorkerUnavailable):
         publisher.flush("a")

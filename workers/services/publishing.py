@@ -107,9 +107,6 @@ class Publisher:
         self.thread.join(5)
         self._redis.close()
 
-    def is_stopping(self) -> bool:
-        return self._stopping.is_set()
-
     def publish(self, entries: list[Entry]) -> None:
         with self._lock:
             self._unsent += len(entries)

@@ -10,8 +10,8 @@ import mlx.nn as nn
 
 from engine.models.bridge.linears import AdaptedLinear, NetworkLinear, Pass
 from engine.models.bridge.slots import KvSlot, SlotList, StateSlot
-from engine.models.cache import LayerCache
 from engine.models.layers import LayerAdapters, Linear
+from engine.models.view import LayerCache
 
 
 class NetworkBlock:

@@ -14,11 +14,12 @@ from engine.models.bridge import blocks, experts, gguf_configs, gguf_weights, li
 from engine.models.bridge.configs import BridgeArgs, context_of
 from engine.models.bridge.gguf_models import GgufModel
 from engine.models.bridge.network import TRIED, cut
-from engine.models.cache import KvSizes, View
 from engine.models.decoder import RunBlock
 from engine.models.joint import Cache
+from engine.models.kv_sizes import KvSizes
 from engine.models.layers import LayerAdapters
 from engine.models.shard import Shard
+from engine.models.view import View
 from engine.platform.compiler import on_cpu
 from engine.sparing import Pause, no_pause
 from engine.weights.gguf import GGUF

@@ -12,7 +12,8 @@ import mlx.core as mx
 from engine.models.attention import Mask
 from engine.models.bridge import package
 from engine.models.bridge.attention import StoredKv
-from engine.models.cache import KvSide, KvSizes, StateShape, View
+from engine.models.kv_sizes import KvSide, KvSizes, StateShape
+from engine.models.view import View
 from stoker.errors import ModelError
 
 

@@ -1,145 +1,24 @@
-"""The keys and values of the tokens that the model has seen, and what one forward pass writes and reads of them."""
+"""The keys and values of the tokens that rows have seen, in one rectangle: a slot for each row, all equally long.
+
+Prompts, prefixes and rows that decode are kept so; rows of models whose kernel reads several layers of one array lie in
+`engine.models.joint` when they decode.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
-from engine.models.attention import Mask
 from engine.models.buckets import bucket
+from engine.models.kv_sizes import HoldsKeyValues
 from engine.models.openings import Span
 from engine.platform.compiler import on_cpu
-from kernels import packed_kv
-from kernels.pack_kv import pack_kv
 
 #: Keys and values of every layer, each (rows, heads, capacity, width); and states, each (rows, …).
 Stored: TypeAlias = tuple[list[mx.array], list[mx.array], list[mx.array]]
-
-
-class KvSide(NamedTuple):
-    """What one side of a layer, its keys or its values, holds of one token: `size` numbers of each head.
-
-    `bits`: 16: as they are, in `dtype`. 8 or 4: packed into words (`kernels.packed_kv`).
-    """
-
-    heads: int
-    size: int
-    dtype: mx.Dtype
-    bits: int = 16
-
-    @property
-    def packed(self) -> bool:
-        return self.bits < 16
-
-    @property
-    def width(self) -> int:
-        """Numbers, or words, that are kept of a head."""
-        return packed_kv.words_of(self.size, self.bits) if self.packed else self.size
-
-    @property
-    def kept_as(self) -> mx.Dtype:
-        """The dtype of the array."""
-        return mx.uint32 if self.packed else self.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.heads * self.width * int(self.kept_as.size)
-
-    def zeros(self, rows: int, capacity: int) -> mx.array:
-        return mx.zeros((rows, self.heads, capacity, self.width), self.kept_as)
-
-    def pack(self, x: mx.array) -> mx.array:
-        """Numbers (…, size) as they are kept, (…, width)."""
-        return packed_kv.pack(x, self.bits) if self.packed else x
-
-    def unpack(self, kept: mx.array) -> mx.array:
-        """The numbers (…, size) again."""
-        return packed_kv.unpack(kept, self.size, self.bits, self.dtype) if self.packed else kept
-
-
-class StateShape(NamedTuple):
-    """What a recurrent layer keeps of one row, however many tokens it has seen."""
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * int(self.dtype.size)
-
-
-class KvSizes(NamedTuple):
-    """What a model keeps of a row: keys and values of each layer that attends, and the states of those that do not."""
-
-    keys: Sequence[KvSide]
-    values: Sequence[KvSide]
-    states: Sequence[StateShape] = ()
-    #: Whether rows that decode keep several layers in one array (`engine.models.joint`): all sides are alike then.
-    joint: bool = False
-    #: Bytes of a token, and of a row's states, on the rank that keeps most of them, where ranks have layers each: all
-    #: count by it, so that the same rows make way on all of them. None: every layer is here.
-    counted: tuple[int, int] | None = None
-
-    @property
-    def dtypes(self) -> list[mx.Dtype]:
-        """Of all keys, then of all values, then of all states."""
-        sides = [*self.keys, *self.values]
-        return [side.kept_as for side in sides] + [state.dtype for state in self.states]
-
-    @property
-    def token_bytes(self) -> int:
-        """Of one token, in every layer that attends."""
-        if self.counted is not None:
-            return self.counted[0]
-        return sum(side.nbytes for side in (*self.keys, *self.values))
-
-    @property
-    def state_bytes(self) -> int:
-        """Of one row's states."""
-        if self.counted is not None:
-            return self.counted[1]
-        return sum(state.nbytes for state in self.states)
-
-    @property
-    def packed(self) -> bool:
-        return any(side.packed for sides in (self.keys, self.values) for side in sides)
-
-    def in_bits(self, bits: int) -> KvSizes:
-        """The same with numbers of keys and values in so many bits."""
-        if bits == 16:
-            return self
-        keys, values = ([side._replace(bits=bits) for side in sides] for sides in (self.keys, self.values))
-        return self._replace(keys=keys, values=values)
-
-
-class HoldsKeyValues(Protocol):
-    """What decides how large a model's keys and values are."""
-
-    @property
-    def kv_sizes(self) -> KvSizes: ...
-
-
-class LayerCache(Protocol):
-    """What a model's forward pass needs of a cache."""
-
-    @property
-    def offset(self) -> int | mx.array:
-        """The position of each row's first new token: one for all rows, or int32 (B,)."""
-        ...
-
-    @property
-    def mask(self) -> Mask:
-        """What the new tokens may attend to, for `attention`."""
-        ...
-
-    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store the new tokens' keys and values (B, K, T, D); all that the rows attend to, (B, K, L, D) each."""
-        ...
-
 
 #: The KV length, how much of the storage a pass reads, comes in sizes from this on.
 SMALLEST_KV_LENGTH = 256
@@ -147,7 +26,7 @@ SMALLEST_KV_LENGTH = 256
 KV_LENGTH_STEP = 64
 
 
-def shape_for(lengths: Sequence[int]) -> tuple[int, int]:
+def _shape_for(lengths: Sequence[int]) -> tuple[int, int]:
     """(rows, capacity) of a rectangle that holds rows of such lengths."""
     return bucket(len(lengths)), bucket(max(lengths), SMALLEST_KV_LENGTH)
 
@@ -199,7 +78,7 @@ class KeyValues:
 
     def bytes_of_some(self, _: Sequence[int], lengths: Sequence[int], more: Sequence[Span]) -> int:
         """What storage takes that holds these rows of it, of such lengths, those that come, and no others."""
-        rows, capacity = shape_for(_with(lengths, more))
+        rows, capacity = _shape_for(_with(lengths, more))
         return rows * (capacity * self._token + self._state)
 
     def has_room(self, lengths: Sequence[int]) -> bool:
@@ -213,7 +92,7 @@ class KeyValues:
     def fit(self, lengths: Sequence[int], more: Sequence[Span] = ()) -> None:
         """Have room for rows of such lengths and for those that come behind them."""
         if not self.has_room(lengths := _with(lengths, more)):
-            rows, capacity = shape_for(lengths)
+            rows, capacity = _shape_for(lengths)
             self.resize(max(rows, self.rows), max(capacity, self.capacity))
 
     def padded(self, rows: int) -> int:
@@ -227,7 +106,7 @@ class KeyValues:
 
     def shrink(self, lengths: Sequence[int]) -> None:
         """Give back what rows of such lengths do not need."""
-        self.resize(*shape_for(lengths))
+        self.resize(*_shape_for(lengths))
 
     def pending(self, offset: np.ndarray, rows: int | None = None) -> None:
         """What a pass has to know of where its rows lie: nothing, for each is at its own index."""
@@ -239,7 +118,7 @@ class KeyValues:
             return
         for arrays in (self.keys, self.values):
             for layer in range(len(arrays)):
-                arrays[layer] = resized(arrays[layer], rows, capacity)
+                arrays[layer] = _resized(arrays[layer], rows, capacity)
                 mx.eval(arrays[layer])
         self.states = [_resized_rows(array, rows) for array in self.states]
         mx.eval(self.states)
@@ -343,11 +222,6 @@ class KeyValues:
         return made
 
 
-def bytes_per_token(model: HoldsKeyValues) -> int:
-    """What one token's keys and values take in every layer; a byte at least, for a model that keeps states alone."""
-    return max(1, model.kv_sizes.token_bytes)
-
-
 def _with(lengths: Sequence[int], more: Sequence[Span]) -> list[int]:
     return [*lengths, *(span.length for span in more)]
 
@@ -369,137 +243,8 @@ def _resized_rows(array: mx.array, rows: int) -> mx.array:
     return mx.pad(kept, [(0, more), *[(0, 0)] * (array.ndim - 1)]) if more else mx.contiguous(kept)
 
 
-def resized(array: mx.array, rows: int, capacity: int) -> mx.array:
+def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
     """More or fewer rows and positions of one array; what fits stays."""
     array = array[:rows, :, :capacity]
     more = [(0, rows - array.shape[0]), (0, 0), (0, capacity - array.shape[2]), (0, 0)]
     return mx.pad(array, more) if any(after for _, after in more) else mx.contiguous(array)
-
-
-def write(array: mx.array, fresh: mx.array, positions: mx.array) -> None:
-    """Put one token a row, (rows, heads, size), at its position of an array, in place, and in one launch."""
-    rows, heads, _ = fresh.shape
-    # Unsigned and of the full shape: else MLX would launch what makes them so.
-    row, head = np.indices((rows, heads), dtype=np.uint32)
-    array[mx.array(row), mx.array(head), positions[:, None]] = fresh
-
-
-class WriteIndices(NamedTuple):
-    """Where several tokens a row are written: row, head and position of each, uint32 (rows, heads, tokens).
-
-    Rows and heads are constants of the host's. All are unsigned and of the full shape, as in `write`.
-    """
-
-    rows: np.ndarray
-    heads: np.ndarray
-    positions: mx.array
-
-    @classmethod
-    def of(cls, offset: mx.array, heads: int, tokens: int) -> WriteIndices:
-        """Of tokens that begin at `offset`, uint32 (rows,)."""
-        row, head, token = np.indices((offset.shape[0], heads, tokens), dtype=np.uint32)
-        return cls(row, head, offset[:, None, None] + mx.array(token))
-
-    def write(self, array: mx.array, fresh: mx.array, first: int = 0) -> None:
-        """Put tokens (rows, heads, tokens, size) into an array, in place, and in one launch. `first`: the array's head
-        that is their first."""
-        array[mx.array(self.rows), mx.array(self.heads + np.uint32(first)), self.positions] = fresh
-
-
-class View:
-    """A `LayerCache` over keys and values for one pass: row i's new tokens lie at `offset[i]` and after it.
-
-    `shape`: rows and tokens. `kv_length`: how many positions are read, a bound for every row. `window`: the model's.
-    `exact`: one row, of which this pass fills every position that is read: attention is causal and needs no mask then.
-    `mask`: what another view of the pass made. `first`: the layer that `kv` begins with. `sizes`: the
-    model's, by which keys and values are packed. Each token's are when they are written, and what is read is what was
-    packed, of this pass too: a token sees the same of the others, however they are split into passes.
-    """
-
-    def __init__(
-        self,
-        kv: Stored,
-        offset: mx.array,
-        shape: tuple[int, int],
-        kv_length: int,
-        exact: bool = False,
-        window: int | None = None,
-        *,
-        mask: Mask = None,
-        first: int = 0,
-        sizes: KvSizes | None = None,
-    ) -> None:
-        self.keys, self.values, self.states = (list(arrays) for arrays in kv)
-        self._sizes = sizes if sizes is not None and sizes.packed else None
-        self.offset, self.kv_length, self.exact, self.shape = offset, kv_length, exact, shape
-        (self._rows, self._tokens), self._first = shape, first
-        self._positions = offset.astype(mx.uint32)
-        self._written_at: dict[int, WriteIndices] = {}
-        # With one token, too: a sliding window hides what lies before it.
-        self.mask: Mask = ("causal" if exact else self.seen(window)) if mask is None else mask
-
-    @property
-    def bits(self) -> int:
-        """Of the numbers of keys and values."""
-        return 16 if self._sizes is None else self._sizes.keys[0].bits
-
-    @property
-    def written(self) -> Stored:
-        """All arrays, with what the pass wrote."""
-        return self.keys, self.values, self.states
-
-    def seen(self, window: int | None) -> mx.array:
-        """Which positions each new token sees: bool (rows, 1, tokens, kv_length)."""
-        # A constant of the host's: a compiled pass computes it never, and `mx.arange` each time.
-        keys = mx.array(np.arange(self.kv_length, dtype=np.int32)[None, None, None])
-        positions = self.offset[:, None, None, None]
-        if self._tokens > 1:
-            positions = positions + mx.array(np.arange(self._tokens, dtype=np.int32)[None, None, :, None])
-        seen = keys <= positions
-        if window is not None:
-            seen = seen & (keys > positions - window)
-        return seen
-
-    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        index = layer - self._first
-        if self._sizes is not None:
-            keys, values = pack_kv(keys, values, self._sizes.keys[layer].bits)
-        self.keys[index] = self._write(self.keys[index], keys)
-        self.values[index] = self._write(self.values[index], values)
-        return self.read(layer)
-
-    def read(self, layer: int) -> tuple[mx.array, mx.array]:
-        """What the rows of this pass attend to in a layer that was updated."""
-        read = slice(0, self._rows), slice(None), slice(0, self.kv_length)
-        keys, values = self.keys[layer - self._first][read], self.values[layer - self._first][read]
-        if self._sizes is None:
-            return keys, values
-        return self._sizes.keys[layer].unpack(keys), self._sizes.values[layer].unpack(values)
-
-    def state(self, index: int) -> mx.array:
-        """What a recurrent layer kept of the rows of this pass."""
-        return self.states[index][: self._rows]
-
-    def set_state(self, index: int, new: mx.array) -> None:
-        storage = self.states[index]
-        if storage.shape[0] == self._rows:
-            self.states[index] = new.astype(storage.dtype)
-        else:
-            storage[: self._rows] = new
-            self.states[index] = storage
-
-    def _write(self, storage: mx.array, new: mx.array) -> mx.array:
-        if self._rows == storage.shape[0] == 1 and on_cpu():
-            # On a GPU the offset would be computed by a launch of its own, for each layer and side.
-            return mx.slice_update(storage, new, self.offset, axes=(2,))
-        if self._tokens == 1:
-            write(storage, new[:, :, 0], self._positions)
-        else:
-            self._indices(storage.shape[1]).write(storage, new)
-        return storage
-
-    def _indices(self, heads: int) -> WriteIndices:
-        """Where the new tokens of so many heads are written: the same in each layer, which would launch it anew."""
-        if heads not in self._written_at:
-            self._written_at[heads] = WriteIndices.of(self._positions, heads, self._tokens)
-        return self._written_at[heads]
