@@ -24,7 +24,8 @@ class Held(Protocol):
 class Lane(Protocol[Q, D, W, R]):
     """Q: the lane's requests; D: what a job has besides; W: the work that the lane makes of both; R: the results.
 
-    `prepare` runs in the caller's thread and may raise; everything else runs in the engine's thread.
+    `prepare` runs in the caller's thread and may raise, and `busy` may be asked in any; everything else runs in the
+    engine's thread.
     """
 
     kind: str

@@ -46,9 +46,8 @@ class Decoded(NamedTuple):
 class GenerateLane:
     """All generation jobs of one model, by priority, and those of one priority in order of arrival.
 
-    Its roster owns each row from `admit` until `_release`, wherever the row is meanwhile: a cancel, a deadline and
-    `fail_all` always find it. What fails for one row is a `RowFault`, and ends its own job; any other exception of
-    `run` is the whole step's.
+    Who does what in a step, and what happens at an error: docs/architecture.md#a-step-of-the-generation-lane. `run`
+    raises what is the whole step's.
     """
 
     kind = GenerateRequest.kind
@@ -238,7 +237,7 @@ class GenerateLane:
         row.ticket.fail_stopped()
 
     def run(self, *, lookahead: bool = True) -> StepOutput:
-        """Take rows that wait, push prompts on by a chunk, decode every row that is ready by one token."""
+        """One step: prompts go on, or rows that decode get tokens, or both."""
         output = StepOutput()
         try:
             self._step(output, lookahead)

@@ -152,7 +152,7 @@ class PromptChunk:
 
 @dataclass(eq=False)
 class PassInTurns:
-    """A chunk whose pass takes several turns, of `wanted` seconds in all, as `pacer` chose it. `seconds`: what they
+    """A chunk whose pass takes a turn or several, of `wanted` seconds in all, as `pacer` chose it. `seconds`: what they
     took until now; `known`: whether nothing was compiled meanwhile; `over`: it is through."""
 
     chunk: PromptChunk

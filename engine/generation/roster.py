@@ -12,7 +12,8 @@ class Roster:
     """Every row that was admitted and has not ended; of those, the rows that wait, in their order: by priority, those
     of one as they came.
 
-    The prefill and the batch have rows on loan: what fails there cannot lose one, nor the ticket that it belongs to.
+    The prefill and the batch have rows on loan: what fails there cannot lose one, nor the ticket that it belongs to,
+    and a cancel, a deadline and the end of the lane find each.
     """
 
     def __init__(self) -> None:

@@ -56,6 +56,12 @@ def rows(page: str, first: str) -> list[list[str]]:
     return found
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link to a section of a page has behind `#`."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def code(cell: str) -> list[str]:
     """What a cell has between backticks."""
     return re.findall(r"`([^`]+)`", cell)

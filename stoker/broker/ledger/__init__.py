@@ -1,16 +1,10 @@
 """The ledger: what the broker knows of each job, beyond its message. One Lua script a transition, so that each happens
 whole or not at all, also if its caller dies in the middle.
 
-A job's life: `submit` writes its record and lets it wait in the backlog. The best of those who wait come to the ready
-list, from which Celery takes messages (`prelude.lua`). A worker that gets the message calls `claim`: it becomes the
-owner under a token of its own, unless the job has ended, another delivery of it runs, or it has crashed too many
-owners. When the worker is done it calls `complete`, which stores the result; when it gives the job back, `release`;
-when the job has to wait for a person, `dead_letter`; when another worker has what it would have to make first,
-`pass_on`, and `recall` if that one does not take it soon. An owner whose message was given to another worker (it was
-frozen for longer than its lease) finds its token replaced: it is fenced, and must leave no trace.
-
-A message can be lost between the ready list and a worker's memory. `recover` finds jobs that were dispatched and that
-no living worker owns, and lets them wait again; that is safe, because a second delivery of a running job is dropped.
+A job's way through them, who holds its message at each moment, and what happens when that one dies:
+docs/architecture.md#a-message-of-the-queue. A worker owns a job under a token of its own from `claim` on, unless the
+job has ended, another delivery of it runs, or it has crashed too many owners. An owner whose message was given to
+another worker finds its token replaced: it is fenced, and must leave no trace.
 
 `record.py` says what the record holds and how it is read; `replies.py` says what the scripts answer.
 
@@ -166,9 +160,10 @@ def refuse(redis: Any, job_id: str, queue: str, ending: Ending) -> bool:
 
 
 def recover(redis: Any, queue: str, older_than: float) -> tuple[str, ...]:
-    """Let jobs wait again that were dispatched `older_than` seconds ago and have neither living owner nor message, nor
-    wait for the one worker that can run them. One look takes `LOOKED_AT` jobs, because nobody else is served meanwhile;
-    the next one goes on behind those that run."""
+    """Let jobs wait again that were dispatched `older_than` seconds ago, whose message is not in the ready list, and
+    that have no owner, or one whose worker is gone and whose message nobody holds. Not those that wait for the one
+    worker that can run them. One look takes `LOOKED_AT` jobs, because nobody else is served meanwhile; the next one
+    goes on behind those that run."""
     arguments = (older_than, keys.worker(""), LOOKED_AT)
     return _call(TRANSITIONS.recover, recovered, "", queue, *arguments, extra=(keys.UNACKED,)).on(redis)
 

@@ -8,9 +8,9 @@ for _, message in ipairs(redis.call('LRANGE', ready, 0, -1)) do
   if of then standing[of] = true end
 end
 
--- A message that is not in the ready list is lost if it is not held either, and job no living worker runs: the worker that
--- took it died before it wrote that down. No worker need have run the job yet; or its owner died, and the message was
--- lost on the way back.
+-- A message that is not in the ready list counts as lost where nobody owns the job: the worker that took it died before it
+-- wrote that down. One that is held, and was not claimed meanwhile, comes a second time, and `claim` drops one of both.
+-- Of a job with an owner it is lost if it is not held and its worker is gone: it died, and the message on the way back.
 local function lost(token, tag, worker)
   if not token then return true end
   return redis.call('HEXISTS', KEYS[21], tag or '') == 0 and redis.call('EXISTS', ARGV[7] .. (worker or '')) == 0
