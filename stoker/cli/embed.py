@@ -63,6 +63,7 @@ def embed(
         "dimensions": dimensions,
         "dtype": dtype,  # type: ignore[typeddict-item]
     }
+    from stoker.files.output import check_apart
     from stoker.files.vector_output import check_output
 
     with connect(url) as client:
@@ -73,6 +74,7 @@ def embed(
             raise InvalidRequest(f"{len(texts)} texts given; with --output just one argument is allowed, a file.")
         check_output(output, dtype, overwrite)
         with inputs.as_file(texts[0]) as path:
+            check_apart(output, path)
             source = source_of(texts[0], path, field)
             record = _embed_file(client, source, output, model, options, batch, in_flight, overwrite)
     if as_json:

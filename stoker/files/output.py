@@ -35,6 +35,16 @@ def check_path(path: Path, suffixes: Iterable[str], overwrite: bool) -> None:
         raise InvalidRequest(f"--output: {path} is there already. Name another, or pass --overwrite.")
 
 
+def check_apart(path: Path, source: Path) -> None:
+    """Raises `InvalidRequest` where `source`, which is still to be read, would be written over: as the output itself,
+    or as what there is of it before it is whole."""
+    for written in (path, partial_path(path), state_path(path)):
+        if written.exists() and source.exists() and written.samefile(source):
+            raise InvalidRequest(
+                f"--output: {path} given, which would be written over its input {source}. Name another file."
+            )
+
+
 class Output:
     """Rows on their way into `path`, which holds `rows` of them in the end. Written to within `opened`."""
 

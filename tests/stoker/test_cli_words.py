@@ -178,6 +178,9 @@ def test_texts_of_a_file_need_an_output_and_an_output_one_file(client: FakeClien
     for wrong in (("--in-flight", "0"), ("--batch", "0"), ("--dimensions", "0"), ("--dtype", "int4")):
         assert wrong[0][2:].replace("-", "_") in refused("embed", "texts.txt", "-o", "out.npy", *wrong)
         assert not list(Path().glob("out.npy*"))
+    Path("out.npy").write_text("a\n")
+    assert "written over its input out.npy" in refused("embed", "out.npy", "-o", "out.npy", "--overwrite")
+    Path("out.npy").unlink()
     assert said("embed", "texts.txt", "-o", "out.npy") == "out.npy: 3 vectors of 8 numbers, float32\n"
     record = json.loads(said("embed", "texts.txt", "-o", "out.npy", "--overwrite", "--dtype", "float16", "--json"))
     assert record.pop("seconds") >= 0
