@@ -54,7 +54,9 @@ def embed(
 ) -> None:
     """Turn texts into vectors. An interrupted run of a file continues when the command is given again."""
     if output is None:
-        inputs.refuse_without_output(in_flight=in_flight, overwrite=overwrite)
+        inputs.refuse_without_output(in_flight=in_flight, overwrite=overwrite, batch=batch != BATCH_TEXTS)
+        if field is not None and inputs.STDIN not in texts:
+            raise InvalidRequest("--field: given without a file of JSON lines; leave it out.")
     # A wrong `dtype` is the request's to refuse.
     options: EmbedOptions = {
         "truncation": "end" if truncate else "error",
@@ -68,6 +70,7 @@ def embed(
 
     with connect(url) as client:
         if output is None:
+            inputs.refuse_names(texts, inputs.OF_TEXTS, "name a file for its vectors with --output.")
             _print_vectors(client, _texts(texts, field), model, options, as_json)
             return
         if len(texts) != 1:
@@ -117,8 +120,6 @@ def _texts(given: list[str], field: str | None) -> list[str]:
 
 
 def _print_vectors(client: Client, texts: list[str], model: str | None, options: EmbedOptions, as_json: bool) -> None:
-    if len(texts) == 1 and texts[0].endswith((".jsonl", ".txt")) and inputs.is_file(texts[0]):
-        raise InvalidRequest(f"{texts[0]} is a file: name a file for its vectors with --output.")
     vectors = client.embed(texts, model=model, **options).result()
     if as_json:
         print_json([[float(value) for value in vector] for vector in vectors])

@@ -18,6 +18,7 @@ from stoker.broker import letters
 from stoker.cli import adapters as adapters_command
 from stoker.cli import app, doctor, inputs, jobs, machine, runs, serve
 from stoker.cli import embed as embed_command
+from stoker.cli import generate as generate_command
 from stoker.cli import init as init_command
 from stoker.cli import models as models_command
 from stoker.cli import train as train_command
@@ -41,7 +42,7 @@ def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeClient:
     """What every command here is over."""
     monkeypatch.chdir(tmp_path)
     made = FakeClient(key="alice", adapters=["style"])
-    for module in (adapters_command, jobs, runs, embed_command, models_command, train_command):
+    for module in (adapters_command, jobs, runs, embed_command, generate_command, models_command, train_command):
         monkeypatch.setattr(module, "connect", lambda url: made)
     return made
 
@@ -185,6 +186,30 @@ def test_texts_of_a_file_need_an_output_and_an_output_one_file(client: FakeClien
     record = json.loads(said("embed", "texts.txt", "-o", "out.npy", "--overwrite", "--dtype", "float16", "--json"))
     assert record.pop("seconds") >= 0
     assert record == {"output": "out.npy", "rows": 3, "resumed": 0, "dim": 8, "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("embed", "texts.txt", "a"), "texts.txt is a file: name a file for its vectors"),
+        (("embed", "a", "none.jsonl"), "none.jsonl: there is no such file. Give a text that ends so on standard input"),
+        (("generate", "none.jsonl"), "none.jsonl: there is no such file"),
+        (("rerank", "q", "texts.txt", "a"), "texts.txt is a file: it is read where it is given alone"),
+        (("rerank", "q", "text.txt"), "text.txt: there is no such file"),
+        (("embed", "a", "--batch", "5"), "--batch: given without --output"),
+        (("embed", "a", "--field", "body"), "--field: given without a file of JSON lines"),
+    ],
+)
+def test_the_name_of_a_file_is_never_taken_for_a_text_nor_is_what_is_for_files_passed_over(
+    client: FakeClient, words: tuple[str, ...], why: str
+) -> None:
+    Path("texts.txt").write_text("a\nb\n")
+    assert why in refused(*words)
+    assert not client.sent.jobs
+
+
+def test_a_text_that_speaks_of_a_file_is_a_text(client: FakeClient) -> None:
+    assert "what is in none.txt" in said("embed", "what is in none.txt")
 
 
 def test_a_folder_that_init_cannot_write_is_named(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
