@@ -38,6 +38,7 @@ def list_adapters(model: Model = None, as_json: Json = False, url: Url = None) -
 
 def show(adapter: Adapter, model: Model = None, as_json: Json = False, url: Url = None) -> None:
     """Show one adapter: its versions, which one serves, and which ones did."""
+    wanted(adapter, version=False)
     with connect(url) as client:
         entry = client.adapters.get(adapter, model)
     print_json(_plain(entry)) if as_json else _show(entry)
@@ -91,6 +92,7 @@ def remove(
     url: Url = None,
 ) -> None:
     """Take all versions of an adapter out of the registry and off this machine's disk."""
+    wanted(adapter, version=False)
     with connect(url) as client:
         entry = client.adapters.get(adapter, model)
         if entry.serving is not None:

@@ -128,6 +128,18 @@ def test_a_version_that_a_job_makes_while_an_adapter_is_removed_stays(
     assert adapters.serving == 3
 
 
+@pytest.mark.parametrize("verb", ["show", "remove", "rollback", "deactivate"])
+def test_a_version_where_the_whole_adapter_is_meant_is_refused_and_changes_nothing(
+    adapters: Commands, verb: str
+) -> None:
+    for version in (1, 9):
+        assert f"'style@{version}' given; name the adapter alone" in adapters(verb, f"style@{version}", fails=True)
+    before = adapters("show", "style")
+    adapters("deactivate", "style")
+    assert "name the adapter alone" in adapters(verb, "style@1", fails=True)
+    assert adapters("show", "style").splitlines()[0] == before.splitlines()[0]
+
+
 def test_an_adapter_that_is_not_there_is_one_error(adapters: Commands) -> None:
     for words in (["show", "none"], ["promote", "none@1"], ["remove", "none"]):
         assert "none" in adapters(*words, fails=True)
