@@ -208,6 +208,13 @@ def test_the_name_of_a_file_is_never_taken_for_a_text_nor_is_what_is_for_files_p
     assert not client.sent.jobs
 
 
+@pytest.mark.parametrize("steps", ["100", "99"])
+def test_steps_next_to_epochs_are_refused_also_as_many_as_are_usual(client: FakeClient, steps: str) -> None:
+    Path("style.jsonl").write_text('{"text": "a"}\n')
+    words = ("train", "style", "--dataset", "style.jsonl", "--epochs", "2", "--steps", steps)
+    assert refused(*words) == "steps and epochs given; say one of them."
+
+
 def test_a_text_that_speaks_of_a_file_is_a_text(client: FakeClient) -> None:
     assert "what is in none.txt" in said("embed", "what is in none.txt")
 
