@@ -232,6 +232,22 @@ def test_a_prompt_may_be_token_ids_or_the_messages_of_a_conversation() -> None:
     assert message.content == "Hello"
 
 
+def test_ids_of_a_tokenizer_that_makes_arrays_are_token_ids() -> None:
+    ids: Any = np.array([3, 1])
+    for prompt in (ids, list(ids)):
+        assert generate_request("m", prompt, 0, {}).prompt_ids == (3, 1)
+
+
+NO_PROMPTS = [b"text", bytearray(b"text"), memoryview(b"text"), {"role": "user", "content": "a"}, 5]
+
+
+@pytest.mark.parametrize("prompt", NO_PROMPTS)
+def test_what_is_no_prompt_though_it_has_numbers_or_names_in_it_is_refused(prompt: Any) -> None:
+    said = f"^prompt: a {type(prompt).__name__} given; expected a text, a list of token ids, or a list of messages"
+    with pytest.raises(InvalidRequest, match=said):
+        generate_request("m", prompt, 0, {})
+
+
 def test_vectors_come_back_as_they_were_and_are_lost_when_expired() -> None:
     reply = EmbedReply(blob="b", rows=2, dim=3, usage=Usage())
     vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
