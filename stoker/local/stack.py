@@ -21,7 +21,7 @@ from stoker.local import boot_errors
 from stoker.local.broker import PREFERRED_PORT, EmbeddedBroker, free_port
 from stoker.local.home import make_home
 from stoker.local.naming import take_name
-from stoker.local.process import LogSize, Process
+from stoker.local.process import LogSize, Process, how_it_ended
 from stoker.monitor.access import password
 from stoker.settings import Settings
 
@@ -184,11 +184,11 @@ class Stack:
             for name, extra in list(self._extras.items()):
                 if extra.returncode is not None:
                     del self._extras[name]
-                    said = f"{name} ended (exit code {extra.returncode}), see {extra.log}; jobs go on without it"
+                    said = f"{name} ended ({how_it_ended(extra.returncode)}), see {extra.log}; jobs go on without it"
                     report(said)
             try:
                 if self.worker.returncode is not None:
-                    why = f"exit code {self.worker.returncode}" if warm else f"not warm yet: {_error_of(self.worker)}"
+                    why = how_it_ended(self.worker.returncode) if warm else f"not warm yet: {_error_of(self.worker)}"
                     report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {pause:.0f} s"))
                     time.sleep(pause)
                     self.start_worker()
@@ -295,8 +295,8 @@ def worker_command(settings: Settings, name: str) -> list[str]:
 
 def _error_of(worker: Process) -> StokerError:
     """The error that a worker wrote when its boot failed."""
-    output = worker.output()
-    return boot_errors.error_in(output, worker.returncode) or WorkerUnavailable(
-        f"the worker ended before it was warm (exit code {worker.returncode}); its log {worker.log} ends with: "
+    output, code = worker.output(), worker.returncode
+    return boot_errors.error_in(output, code) or WorkerUnavailable(
+        f"the worker ended before it was warm ({how_it_ended(code or 0)}); its log {worker.log} ends with: "
         f"{output.strip()[-300:]}"
     )
