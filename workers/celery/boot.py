@@ -26,7 +26,7 @@ from stoker.local.keeping import sent_again
 from stoker.logs.redaction import Redactor, secrets_of
 from stoker.logs.setup import configure
 from stoker.settings import Settings
-from workers import run_sweep, unloaded
+from workers import clock, run_sweep, unloaded
 from workers.artifacts import Artifacts
 from workers.celery import control
 from workers.celery.interrupts import Interrupts
@@ -89,7 +89,7 @@ class EngineStep(bootsteps.StartStopStep):
         heart.start()
         Background("pinned prefixes", pinned.round, stopped=running.stopped, every=PINS_EVERY).start()
         sweeps = (partial(run_sweep.round_of, running), partial(unloaded.round_of, running))
-        kept = Housekeeping(self._context.settings, sent_again(running.redis))
+        kept = Housekeeping(self._context.settings, sent_again(running.redis), partial(clock.behind, running.redis))
         Background("housekeeping", kept.round, *sweeps, stopped=running.stopped, every=EVERY).start()
         rest = resting.Resting.in_this_process(self._context.lanes)
         Background("resting", rest.round, stopped=running.stopped, every=resting.EVERY).start()
