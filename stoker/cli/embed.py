@@ -91,6 +91,8 @@ def source_of(given: str, path: Path, field: str | None) -> Source:
     plain = inputs.is_unnamed(given) and field is None
     if plain:
         _refuse_objects(Source(path, "", plain=True))
+    if field is not None and path.suffix == ".txt":
+        raise InvalidRequest(f"--field: {field!r} given with {path.name}, whose lines are the texts; leave it out.")
     return Source(path, field or "text", plain)
 
 

@@ -197,6 +197,7 @@ def test_texts_of_a_file_need_an_output_and_an_output_one_file(client: FakeClien
         (("rerank", "q", "texts.txt", "a"), "texts.txt is a file: it is read where it is given alone"),
         (("rerank", "q", "text.txt"), "text.txt: there is no such file"),
         (("embed", "a", "--batch", "5"), "--batch: given without --output"),
+        (("embed", "texts.txt", "--field", "body", "-o", "a.npy"), "--field: 'body' given with texts.txt, whose lines"),
         (("embed", "a", "--field", "body"), "--field: given without a file of JSON lines"),
     ],
 )
@@ -303,6 +304,8 @@ def test_a_run_is_followed_by_its_name_here_or_its_id_elsewhere_and_nothing_else
     assert said("runs", "attach", "job-2").splitlines()[-1] == ends.replace("@2", "@3")
     client.generate("x", job_id="text")
     assert refused("runs", "attach", "text").startswith("text: no training run")
+    there = "run 'minne' given; on this machine there are: job-1 (mine). Nor does the broker know a job of that id."
+    assert refused("runs", "attach", "minne") == there
 
 
 PLAN = {
