@@ -15,7 +15,7 @@ import safetensors.numpy
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from stoker import AsyncClient, Client, EmbedJob, JobStatus, TrainJob
+from stoker import AsyncClient, Client, EmbedJob, GenerateJob, JobStatus, TrainJob
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
@@ -32,6 +32,7 @@ from stoker.contract.codec import build
 from stoker.contract.vectors import plain
 from stoker.errors import (
     DatasetError,
+    DeadlineExceeded,
     InvalidRequest,
     JobCancelled,
     JobDead,
@@ -578,6 +579,22 @@ def test_a_dead_letter_is_sent_again_once_with_its_input_and_without_its_crashes
         for nobody in (job.id, "nobody"):
             with pytest.raises(JobLost, match="no dead letter"):
                 sender.retry(nobody)
+
+
+@pytest.mark.parametrize("reads", ["result", "stream", "again"])
+def test_a_deadline_ends_a_job_that_no_worker_takes_for_who_waits_for_it(
+    fake: Callable[[], Client], server: Any, reads: str
+) -> None:
+    with fake() as client, fake() as other:
+        job = client.generate("x", model="smol", deadline=0.3)
+        if reads == "again":
+            found = other.job(job.id)
+            assert isinstance(found, GenerateJob)
+            job = found
+        with pytest.raises(DeadlineExceeded, match=r"no worker took it, and it is past its deadline of 0\.3 s"):
+            list(job.stream(timeout=30)) if reads == "stream" else job.result(30)
+        assert job.status() == JobStatus.FAILED
+        assert client.jobs() == {}
 
 
 @pytest.mark.parametrize("model", ["smol", "mini"])
