@@ -167,6 +167,10 @@ def test_a_worker_that_was_asked_about_a_model_says_what_it_has_now(
     assert asked == [("m", {"worker": "w", "timeout": 7.5})] * 2
     assert said("models", verb, "m") == line
     assert asked[-1] == ("m", {"worker": None, "timeout": None})
+    report = report.model_copy(update={"was_warm": True})
+    assert said(*words) == (
+        "m: warm already at w@h/1, as its files were when it was loaded. To have them read anew, unload it first\n"
+    )
 
 
 # Files
