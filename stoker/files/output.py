@@ -70,11 +70,16 @@ class Output:
         raise NotImplementedError
 
     def _put(self, offset: int, data: bytes) -> None:
-        with self._writing():
+        try:
             self._file.seek(offset)
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            # Those before it are whole, and the error says how many there are.
+            with suppress(InvalidRequest):
+                self.make_safe()
+            raise self._untaken(error) from None
 
     def _grown(self, rows: int) -> None:
         """That many rows were put behind the others. Every two seconds those so far are made safe."""
@@ -88,10 +93,13 @@ class Output:
         try:
             yield
         except OSError as error:
-            raise InvalidRequest(
-                f"--output: {self.path} cannot be written ({error.strerror}); the first {self._safe} of its "
-                f"{self._rows} rows are safe. Mend that and give the command again: it goes on behind them."
-            ) from None
+            raise self._untaken(error) from None
+
+    def _untaken(self, error: OSError) -> InvalidRequest:
+        return InvalidRequest(
+            f"--output: {self.path} cannot be written ({error.strerror}); the first {self._safe} of its {self._rows} "
+            "rows are safe. Mend that and give the command again: it goes on behind them."
+        )
 
     def make_safe(self) -> None:
         """Flush the rows to the disk, then record in the state file how many there are."""
