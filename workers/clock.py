@@ -5,6 +5,7 @@ A worker whose clock is a lease ahead would take every message that another hold
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,12 @@ for _, tag in ipairs(redis.call('HKEYS', KEYS[2])) do redis.call('ZADD', KEYS[1]
 def now(redis: Any) -> float:
     """Seconds since the epoch. For a blocking client."""
     return seconds(redis.time())
+
+
+def behind(redis: Any) -> float:
+    """Seconds since the epoch by this machine's clock or the broker's, the one that is behind: what is deleted for its
+    age cannot be brought back, and a clock that has leapt ahead makes everything old."""
+    return min(time.time(), now(redis))
 
 
 def hold(redis: Any, tag: str, message: str) -> None:

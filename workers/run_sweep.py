@@ -4,12 +4,12 @@ it, or whose worker died right behind its end."""
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 from stoker.broker import keys
 from stoker.contract.names import Rule, follows
 from stoker.settings import Settings
+from workers import clock
 from workers.artifacts import RUNS, Artifacts, StoreTrouble
 from workers.services.runtime import Runtime
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def round_of(runtime: Runtime) -> None:
-    for job_id in sweep(runtime.settings, runtime.redis, time.time()):
+    for job_id in sweep(runtime.settings, runtime.redis, clock.behind(runtime.redis)):
         log.info("job %s: its checkpoints were deleted from the store; the run has ended", job_id)
 
 

@@ -41,7 +41,7 @@ def merge(sources: Sequence[str], adapter: Path, target: Path) -> Merged:
         raise ModelError(f"{source}: merging needs a model folder with config.json and safetensors, not quantized")
     if target.exists() or target.is_symlink():
         raise ModelError(f"{target}: exists already; name a folder that does not")
-    model = load("base", [str(source)], dtype="float32", quantize="none")
+    model = load(str(source), [str(source)], dtype="float32", quantize="none")
     if not isinstance(model.decoder, Llama):
         # Its files may hold a layer under another name, or turned round; only mlx-lm's model file knows.
         raise ModelError(

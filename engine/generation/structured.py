@@ -26,6 +26,7 @@ import numpy as np
 from engine.platform.limited import LimitedProcess, LimitPassed
 from engine.text.tokenizer import Tokenizer
 from stoker.contract import GenerateRequest
+from stoker.contract.shown import brief, cut, printable
 from stoker.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ SECONDS = 2.0
 #: Answers that are begun at random, and their tokens.
 WALKS, TRIED = 4, 8
 #: Characters of llguidance's words that are passed on: they repeat the expression.
-_WORDS = 20_000
+_WORDS = 300
+#: Of a regular expression it says by a drawing what is wrong, and in one line of it by words.
+_WRONG_EXPRESSION = re.compile(r"regex parse error:\n(?P<drawn>.*?)^error: (?P<words>[^\n]+)", re.DOTALL | re.MULTILINE)
 #: What a regular expression has otherwise between two slashes; with each backslash goes what it is for.
 _SPELLINGS = {"/": r"\/", "\\\n": r"\n"}
 _SPELLED_OTHERWISE = re.compile(r"\\.|/", re.DOTALL)
@@ -81,8 +84,8 @@ class GrammarVocabulary:
                 found.copy().try_out(random.Random(seed), TRIED)
         except (_Refused, InvalidRequest) as error:
             short = given if len(given) <= 100 else f"{given[:97]}…"
-            words = str(error).removeprefix(f"{name}: ")[:_WORDS]
-            raise InvalidRequest(f"{name}: {short} given; {words}") from None
+            words = _on_one_line(str(error).removeprefix(f"{name}: "))
+            raise InvalidRequest(f"{name}: {printable(short)} given; {words}") from None
         return found
 
     def _compiled(self, source: str) -> LLMatcher:
@@ -179,6 +182,17 @@ class Grammar:
         if words == "NoExtensionBias":
             raise InvalidRequest(f"{self._name}: no text fits this grammar.")
         raise InvalidRequest(f"{self._name}: the grammar takes too much: {words}")
+
+
+def _on_one_line(words: str) -> str:
+    """llguidance's own words, with the wrong expression where a schema may have several."""
+    found = _WRONG_EXPRESSION.search(words)
+    if found is None:
+        return cut(" ".join(words.split()), _WORDS)
+    expression = found["drawn"].split("\n", 1)[0].strip()
+    # One of several lines is drawn otherwise.
+    where = "" if expression.startswith("~") else f" in {brief(expression)}"
+    return f"{found['words']}{where}."
 
 
 def _source(request: GenerateRequest) -> str:

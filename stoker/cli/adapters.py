@@ -11,12 +11,12 @@ import typer
 
 from stoker.adapters import facts
 from stoker.broker.registry import AdapterEntry, wanted
-from stoker.catalogue import parse_model
+from stoker.catalogue import model_name, parse_model
 from stoker.cli.engine_tool import ask_engine
 from stoker.cli.options import Json, Model, Url, connect, print_json
-from stoker.contract.names import Rule, follows
+from stoker.contract.names import Rule, checked, follows
 from stoker.contract.shown import printable
-from stoker.errors import ConfigError
+from stoker.errors import ConfigError, UnknownAdapter
 from stoker.files.durable import remove_folder
 from stoker.settings import load_settings
 
@@ -38,6 +38,7 @@ def list_adapters(model: Model = None, as_json: Json = False, url: Url = None) -
 
 def show(adapter: Adapter, model: Model = None, as_json: Json = False, url: Url = None) -> None:
     """Show one adapter: its versions, which one serves, and which ones did."""
+    wanted(adapter, version=False)
     with connect(url) as client:
         entry = client.adapters.get(adapter, model)
     print_json(_plain(entry)) if as_json else _show(entry)
@@ -91,6 +92,7 @@ def remove(
     url: Url = None,
 ) -> None:
     """Take all versions of an adapter out of the registry and off this machine's disk."""
+    wanted(adapter, version=False)
     with connect(url) as client:
         entry = client.adapters.get(adapter, model)
         if entry.serving is not None:
@@ -124,9 +126,21 @@ def export(
     """Write a copy of the base with the adapter merged in, from this machine's disk."""
     name, version = wanted(adapter, version=True)
     served, sources = parse_model(base)
-    store = load_settings().adapters / (model or served) / name / str(version)
+    served = served if model is None else checked(Rule.NAME, "model", model_name(model))
+    versions = load_settings().adapters / served / name
+    store = versions / str(version)
+    if not store.is_dir():
+        raise UnknownAdapter(
+            f"adapter '{adapter}' given; of those of {name} for {served} this machine's disk has: {_listed(versions)}. "
+            f"Another base goes by --model; a worker that generates with {adapter} here puts it on this disk."
+        )
     found = ask_engine("export", sources=sources, adapter=str(store), target=str(target))
     print_json(found) if as_json else print(f"{found['path']}: {found['layers']} layers merged")
+
+
+def _listed(versions: Path) -> str:
+    found = versions.iterdir() if versions.is_dir() else ()
+    return ", ".join(sorted((path.name for path in found if follows(Rule.VERSION, path.name)), key=int)) or "none"
 
 
 def _plain(entry: AdapterEntry) -> dict[str, Any]:

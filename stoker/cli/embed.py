@@ -54,7 +54,9 @@ def embed(
 ) -> None:
     """Turn texts into vectors. An interrupted run of a file continues when the command is given again."""
     if output is None:
-        inputs.refuse_without_output(in_flight=in_flight, overwrite=overwrite)
+        inputs.refuse_without_output(in_flight=in_flight, overwrite=overwrite, batch=batch != BATCH_TEXTS)
+        if field is not None and inputs.STDIN not in texts:
+            raise InvalidRequest("--field: given without a file of JSON lines; leave it out.")
     # A wrong `dtype` is the request's to refuse.
     options: EmbedOptions = {
         "truncation": "end" if truncate else "error",
@@ -63,16 +65,19 @@ def embed(
         "dimensions": dimensions,
         "dtype": dtype,  # type: ignore[typeddict-item]
     }
+    from stoker.files.output import check_apart
     from stoker.files.vector_output import check_output
 
     with connect(url) as client:
         if output is None:
+            inputs.refuse_names(texts, inputs.OF_TEXTS, "name a file for its vectors with --output.")
             _print_vectors(client, _texts(texts, field), model, options, as_json)
             return
         if len(texts) != 1:
             raise InvalidRequest(f"{len(texts)} texts given; with --output just one argument is allowed, a file.")
         check_output(output, dtype, overwrite)
         with inputs.as_file(texts[0]) as path:
+            check_apart(output, path)
             source = source_of(texts[0], path, field)
             record = _embed_file(client, source, output, model, options, batch, in_flight, overwrite)
     if as_json:
@@ -86,6 +91,8 @@ def source_of(given: str, path: Path, field: str | None) -> Source:
     plain = inputs.is_unnamed(given) and field is None
     if plain:
         _refuse_objects(Source(path, "", plain=True))
+    if field is not None and path.suffix == ".txt":
+        raise InvalidRequest(f"--field: {field!r} given with {path.name}, whose lines are the texts; leave it out.")
     return Source(path, field or "text", plain)
 
 
@@ -115,8 +122,6 @@ def _texts(given: list[str], field: str | None) -> list[str]:
 
 
 def _print_vectors(client: Client, texts: list[str], model: str | None, options: EmbedOptions, as_json: bool) -> None:
-    if len(texts) == 1 and texts[0].endswith((".jsonl", ".txt")) and inputs.is_file(texts[0]):
-        raise InvalidRequest(f"{texts[0]} is a file: name a file for its vectors with --output.")
     vectors = client.embed(texts, model=model, **options).result()
     if as_json:
         print_json([[float(value) for value in vector] for vector in vectors])

@@ -13,6 +13,7 @@ from typing import Literal, overload
 from typing_extensions import TypedDict
 
 from stoker.errors import ConfigError, JobFailed, from_wire
+from stoker.local.process import how_it_ended
 
 
 class Pulled(TypedDict):
@@ -123,9 +124,8 @@ def ask_engine(command: str, **arguments: object) -> object:
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        raise JobFailed(
-            f"`{' '.join(tool[1:4])}` ended with exit code {done.returncode}; its error is above."
-        ) from None
+        ended = f"`{' '.join(tool[1:4])}` ended with {how_it_ended(done.returncode)}"
+        raise JobFailed(f"{ended}. What it said is above.") from None
     if "error" in answer:
         raise from_wire(answer["error"]["name"], answer["error"]["message"])
     return answer

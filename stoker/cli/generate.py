@@ -116,8 +116,7 @@ def generate(
 
 
 def _prompt(given: str) -> str:
-    if given.endswith(".jsonl") and inputs.is_file(given):
-        raise InvalidRequest(f"{given} is a file: name a file for the answers to its requests with --output.")
+    inputs.refuse_names([given], inputs.OF_REQUESTS, "name a file for the answers to its requests with --output.")
     text = inputs.read_text("prompt") if given == inputs.STDIN else given
     if not text.strip():
         # As a message a model would answer it, and what a pipe has lost would not be missed.

@@ -20,7 +20,7 @@ from stoker.client.options import GenerateManyOptions
 from stoker.contract.kinds import GENERATE
 from stoker.errors import InvalidRequest
 from stoker.files.line_output import SUFFIXES, LineOutput
-from stoker.files.output import check_path, opened
+from stoker.files.output import check_apart, check_path, opened
 from stoker.files.requests import RequestFile, RequestLine
 
 
@@ -40,6 +40,7 @@ class FileRun:
         """Answer the requests of the file `given`, and say what came of it. A run that was interrupted goes on."""
         check_path(self.output, SUFFIXES, self.overwrite)
         with inputs.as_file(given) as path:
+            check_apart(self.output, path)
             return self._answer(client, RequestFile(path))
 
     def _answer(self, client: Client, source: RequestFile) -> dict[str, Any]:

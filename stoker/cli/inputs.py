@@ -18,8 +18,12 @@ from stoker.errors import InvalidRequest
 STDIN = "-"
 #: What messages call it.
 STDIN_NAME = "standard input"
+#: How the names of files end that texts are read from, and requests.
+OF_TEXTS, OF_REQUESTS = (".jsonl", ".txt"), (".jsonl",)
 #: Bytes of the longest text: no character of UTF-8 has more than four.
 _LONGEST = 4 * MAX_TEXT_CHARS
+#: Characters of the longest name of a file.
+_LONGEST_NAME = 255
 
 
 def stdin() -> BinaryIO:
@@ -58,9 +62,9 @@ def read_json(name: str, given: str) -> Any:
         raise InvalidRequest(f"{name}: {shown} cannot be read as JSON ({error}).") from None
 
 
-def refuse_without_output(*, in_flight: int | None, overwrite: bool) -> None:
+def refuse_without_output(*, in_flight: int | None, overwrite: bool, batch: bool = False) -> None:
     """What is for a file alone would change nothing. Raises `InvalidRequest`."""
-    for name, given in (("in-flight", in_flight is not None), ("overwrite", overwrite)):
+    for name, given in (("in-flight", in_flight is not None), ("overwrite", overwrite), ("batch", batch)):
         if given:
             raise InvalidRequest(f"--{name}: given without --output; it is for a file. Leave it out.")
 
@@ -76,6 +80,19 @@ def is_file(given: str) -> bool:
         return Path(given).is_file()
     except OSError:
         return False
+
+
+def refuse_names(texts: list[str], endings: tuple[str, ...], remedy: str) -> None:
+    """Raise `InvalidRequest` for a file's name in the place of a text: it would be taken for one, in silence.
+    `endings`: those of files that the command reads; `remedy`: what to do about one that is there."""
+    for text in texts:
+        if not text.endswith(endings):
+            continue
+        if is_file(text):
+            raise InvalidRequest(f"{text} is a file: {remedy}")
+        # What has a blank in it is more likely a text.
+        if len(text) <= _LONGEST_NAME and len(text.split()) == 1:
+            raise InvalidRequest(f"{text}: there is no such file. Give a text that ends so on {STDIN_NAME}: '{STDIN}'.")
 
 
 def is_pipe(given: str) -> bool:

@@ -79,7 +79,10 @@ def cancel_many(
     _check_kind(kind)
     with connect(url) as client:
         chosen = job_ids or [job_id for job_id, job in client.jobs().items() if _is_meant(job, model, kind)]
-        _cancel_each(client, chosen)
+        known = _cancel_each(client, chosen)
+    if job_ids and known < len(job_ids):
+        # A program learns it by the exit code.
+        raise JobLost(f"{len(job_ids) - known} of {len(job_ids)} jobs are not known; see above.")
 
 
 def purge(
@@ -115,14 +118,17 @@ def _is_meant(job: OpenJob, model: str | None, kind: str | None) -> bool:
     return model in (None, job["model"]) and kind in (None, job["kind"])
 
 
-def _cancel_each(client: Client, job_ids: list[str]) -> None:
-    """A job that is not known (any more) is named, and does not hinder the others."""
+def _cancel_each(client: Client, job_ids: list[str]) -> int:
+    """How many were known. One that is not (any more) is named, and does not hinder the others."""
+    known = 0
     for job_id in job_ids:
         try:
             print(_cancelled(client, job_id))
+            known += 1
         except JobLost as error:
             print(f"{job_id}: {error}")
-    print(f"{len(job_ids)} jobs")
+    print(f"{known} jobs")
+    return known
 
 
 def _cancelled(client: Client, job_id: str) -> str:

@@ -118,6 +118,12 @@ def _said(report: ModelReport, done: str, as_json: bool) -> None:
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
+    if report.was_warm:
+        print(
+            f"{report.model.partition('=')[0]}: warm already at {report.worker}, as its files were when it was loaded. "
+            "To have them read anew, unload it first"
+        )
+        return
     way = f"; made way: {', '.join(report.made_way)}" if report.made_way else ""
     print(
         f"{report.model.partition('=')[0]}: {done} at {report.worker} after {report.seconds:.1f} s, which has "

@@ -67,6 +67,7 @@ def _given(texts: list[str], field: str | None) -> Iterator[Iterator[str]]:
     if texts.count(inputs.STDIN) and len(texts) > 1:
         raise InvalidRequest("texts: '-' given with others; standard input is all of the texts.")
     if len(texts) > 1 or not _is_file(texts[0]):
+        inputs.refuse_names(texts, inputs.OF_TEXTS, "it is read where it is given alone, without other texts.")
         if field is not None:
             raise InvalidRequest("field: given without a file of JSON lines; leave it out.")
         yield iter(texts)
@@ -80,7 +81,7 @@ def _given(texts: list[str], field: str | None) -> Iterator[Iterator[str]]:
 def _is_file(given: str) -> bool:
     if inputs.is_unnamed(given):
         return True
-    return given.endswith((".jsonl", ".txt")) and (inputs.is_file(given) or inputs.is_pipe(given))
+    return given.endswith(inputs.OF_TEXTS) and (inputs.is_file(given) or inputs.is_pipe(given))
 
 
 def _scored(client: Client, query: str, texts: Iterator[str], model: str, options: RerankOptions) -> Iterator[Scored]:

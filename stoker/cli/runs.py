@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stoker.broker.outcome import JobStatus
 from stoker.cli.options import Json, Url, connect, print_json
 from stoker.cli.train import follow, outcome
-from stoker.client import Client, TrainJob
+from stoker.client import Client, Job, TrainJob
 from stoker.errors import ConfigError, InvalidRequest, JobLost
 from stoker.files.durable import remove_folder, write_whole
 from stoker.local.runs import DONE, PIN_FILE, StoredRun, find_run, stored_runs
@@ -89,7 +89,7 @@ def plot(
 def attach(run: RunId, url: Url = None) -> None:
     """Follow a run that waits or goes on, from its first report. Ctrl-C leaves the run going."""
     with connect(url) as client:
-        job = client.job(_job_id(run))
+        job = _job(client, run)
         if not isinstance(job, TrainJob):
             raise InvalidRequest(f"{job.id}: no training run. `stoker jobs list` says what it is.")
         result = follow(job)
@@ -144,9 +144,13 @@ def _found(run: str) -> StoredRun:
     return find_run(load_settings().runs, run)
 
 
-def _job_id(run: str) -> str:
+def _job(client: Client, run: str) -> Job[Any]:
     """The run may lie on another machine: then its id alone says which."""
     try:
-        return _found(run).id
-    except InvalidRequest:
-        return run
+        job_id = _found(run).id
+    except InvalidRequest as error:
+        try:
+            return client.job(run)
+        except JobLost:
+            raise InvalidRequest(f"{error} Nor does the broker know a job of that id.") from None
+    return client.job(job_id)

@@ -35,7 +35,7 @@ def train(
         str, _option('JSON lines: {"text"}, {"prompt", "completion"} or {"messages"}; - reads standard input.')
     ],
     model: Model = None,
-    steps: Annotated[int, _option("Optimizer steps.")] = _default("steps"),
+    steps: Annotated[int | None, _option(f"Optimizer steps; default: {_default('steps')}.")] = None,
     epochs: Annotated[int | None, _option("Passes over the examples, instead of steps.")] = None,
     rank: Annotated[int, _option("Rank of the adapter.")] = _default("rank"),
     alpha: Annotated[float, _option("Scale: the update is multiplied by alpha / rank.")] = _default("alpha"),
@@ -69,7 +69,7 @@ def train(
     """Train a LoRA adapter on the warm base. Ctrl-C leaves the run going; `stoker cancel` ends it."""
     given = locals()
     options = cast(TrainOptions, {name: given[name] for name in TrainOptions.__annotations__ if name in given})
-    if epochs is not None and steps == _default("steps"):
+    if steps is None:
         del options["steps"]
     # A wrong target is the request's to refuse.
     options["targets"] = cast(Any, tuple(part.strip() for part in targets.split(",")))

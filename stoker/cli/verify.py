@@ -22,6 +22,7 @@ from stoker.cli.options import Url
 from stoker.cli.verification import Golden, Rate, Tour
 from stoker.errors import StokerError
 from stoker.local.checks import Check
+from stoker.local.process import how_it_ended
 
 #: Packages whose versions decide what a machine computes.
 PACKAGES = ("mlx", "mlx-lm", "celery", "kombu", "redis", "numpy", "tokenizers")
@@ -96,7 +97,7 @@ def kernels_report() -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"error": f"not done after {KERNELS_WITHIN:.0f} s"}
         if not path.exists():
-            return {"error": f"exit code {done.returncode}: {done.stderr.strip()[-2000:]}"}
+            return {"error": f"{how_it_ended(done.returncode)}: {done.stderr.strip()[-2000:]}"}
         read: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return read
 

@@ -6,10 +6,12 @@ that the blocking client and the asyncio client only carry its questions and ans
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 from pydantic import ValidationError
@@ -34,6 +36,8 @@ QUIET = 1.0
 REMEMBERED = 1024
 #: Seconds without an owner after which a reader asks whether there is a worker for the job at all.
 UNOWNED = 3.0
+#: The longest time between two looks whether a job that waits is past its deadline; a twentieth of that, else.
+LONGEST_LATE = 60.0
 
 E = TypeVar("E", StreamToken, TrainReport)
 
@@ -48,6 +52,14 @@ class Heard(TypedDict):
 
     channel: bytes
     data: bytes
+
+
+@dataclass(frozen=True)
+class Lateness:
+    """Of a job that waits in `queue`. `deadline`: seconds from its submission."""
+
+    queue: str
+    deadline: float
 
 
 class Behind:
@@ -112,6 +124,8 @@ class Follower(Generic[E]):
         self._something_came = False
         #: Until the job has had an owner, or the reader has asked why it has none.
         self._unexplained, self._began = True, clock()
+        self._late: Lateness | None = None
+        self._asked_late = -math.inf
         self.subscribed()
 
     @property
@@ -137,6 +151,17 @@ class Follower(Generic[E]):
         self._unexplained = False
         return True
 
+    def lateness(self) -> Lateness | None:
+        """What to end the job by, if it waits and may be past its deadline: a worker sees that as it takes the job, and
+        there may be none, or others in between. The broker's clock decides. Now and then."""
+        if self._late is None or self.outcome is not None:
+            return None
+        every = min(LONGEST_LATE, max(QUIET, self._late.deadline / 20))
+        if self._clock() - self._asked_late < every:
+            return None
+        self._asked_late = self._clock()
+        return self._late
+
     def subscribed(self) -> None:
         """The channels are heard from now on; what was published before has to be looked up."""
         self._look, self._quiet_until = True, 0.0
@@ -154,6 +179,8 @@ class Follower(Generic[E]):
         self._patience.renew()
         record, known, rows = self._said(*replies)
         self._unexplained &= not known.owned
+        waits = known.queue is not None and known.deadline is not None and not known.owned
+        self._late = Lateness(str(known.queue), known.deadline or 0.0) if waits else None
         entries = self.replay(rows)
         self._something_came |= bool(entries)
         if len(rows) == PAGE:

@@ -7,7 +7,7 @@ import secrets
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, SupportsIndex
 
 from stoker.broker.outcome import lost, spoiled
 from stoker.contract import AdapterRequest, EmbedRequest, GenerateRequest, TrainRequest, build
@@ -87,12 +87,13 @@ def generate_request(
 def _prompt_fields(prompt: Prompt | None) -> dict[str, object]:
     if prompt is None or isinstance(prompt, str):
         return {} if prompt is None else {"prompt": prompt}
-    if not isinstance(prompt, Iterable):
+    # What is iterable too: of bytes the numbers would be taken for ids, of one message the names for messages.
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray | memoryview | Mapping):
         raise InvalidRequest(
             f"prompt: a {type(prompt).__name__} given; expected a text, a list of token ids, or a list of messages."
         )
     items = tuple(prompt)
-    return {"prompt_ids" if items and isinstance(items[0], int) else "messages": items}
+    return {"prompt_ids" if items and isinstance(items[0], SupportsIndex) else "messages": items}
 
 
 def pinned_prefix(request: GenerateRequest, client: str) -> PinnedPrefix:

@@ -150,6 +150,7 @@ def job_record(request: Request, job_id: str, client: str = "default", trace: Tr
         size=_size(request),
         ability="" if request.ability == request.kind else request.ability,
         asked=asked,
+        deadline="" if request.deadline is None else repr(request.deadline),
         traceparent=trace.traceparent,
         tracestate=trace.tracestate,
     )

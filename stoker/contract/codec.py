@@ -18,6 +18,9 @@ from stoker.errors import InvalidRequest
 #: that two generations of workers and clients may run side by side; a worker refuses any other, naming both.
 CONTRACT = 1
 
+#: What an error names that is of several fields together.
+WHOLE = "request"
+
 M = TypeVar("M", bound=Message)
 
 
@@ -61,7 +64,7 @@ def _explain(error: ValidationError, allowed: list[str]) -> str:
     problems = []
     for problem in _root_causes(error)[:3]:
         # pydantic says of a key of an object that it is one.
-        where = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "request"
+        where = ".".join(str(part) for part in problem["loc"] if part != "[key]") or WHOLE
         if problem["type"] == "extra_forbidden":
             problems.append(f"{where}: no such field; allowed: {', '.join(allowed)}")
         else:
@@ -70,7 +73,7 @@ def _explain(error: ValidationError, allowed: list[str]) -> str:
 
 
 def _root_causes(error: ValidationError) -> list[ErrorDetails]:
-    """Without what only follows: a list that is "too short" because its items are wrong."""
+    """Without what only follows: a list that is "too short" because its items, or what is in them, are wrong."""
     problems = error.errors()
-    inner = {problem["loc"][:-1] for problem in problems if len(problem["loc"]) > 1}
+    inner = {problem["loc"][:end] for problem in problems for end in range(1, len(problem["loc"]))}
     return [problem for problem in problems if problem["loc"] not in inner]

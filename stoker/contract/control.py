@@ -28,7 +28,8 @@ class ModelCommand(Message):
 
 class ModelReport(Notice):
     """What has become of a command. `made_way`: models that the worker let go of for this one; `memory_bytes`: what its
-    arrays take now; `error` and `message`: the class and the words of what it failed of."""
+    arrays take now; `was_warm`: a model that was to be loaded was there already, and its files were not read anew;
+    `error` and `message`: the class and the words of what it failed of."""
 
     id: str
     worker: str
@@ -38,5 +39,6 @@ class ModelReport(Notice):
     seconds: float = 0.0
     made_way: tuple[str, ...] = ()
     memory_bytes: int = 0
+    was_warm: bool = False
     error: str = ""
     message: Words = ""

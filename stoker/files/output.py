@@ -35,6 +35,16 @@ def check_path(path: Path, suffixes: Iterable[str], overwrite: bool) -> None:
         raise InvalidRequest(f"--output: {path} is there already. Name another, or pass --overwrite.")
 
 
+def check_apart(path: Path, source: Path) -> None:
+    """Raises `InvalidRequest` where `source`, which is still to be read, would be written over: as the output itself,
+    or as what there is of it before it is whole."""
+    for written in (path, partial_path(path), state_path(path)):
+        if written.exists() and source.exists() and written.samefile(source):
+            raise InvalidRequest(
+                f"--output: {path} given, which would be written over its input {source}. Name another file."
+            )
+
+
 class Output:
     """Rows on their way into `path`, which holds `rows` of them in the end. Written to within `opened`."""
 
@@ -60,11 +70,16 @@ class Output:
         raise NotImplementedError
 
     def _put(self, offset: int, data: bytes) -> None:
-        with self._writing():
+        try:
             self._file.seek(offset)
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            # Those before it are whole, and the error says how many there are.
+            with suppress(InvalidRequest):
+                self.make_safe()
+            raise self._untaken(error) from None
 
     def _grown(self, rows: int) -> None:
         """That many rows were put behind the others. Every two seconds those so far are made safe."""
@@ -78,10 +93,13 @@ class Output:
         try:
             yield
         except OSError as error:
-            raise InvalidRequest(
-                f"--output: {self.path} cannot be written ({error.strerror}); the first {self._safe} of its "
-                f"{self._rows} rows are safe. Mend that and give the command again: it goes on behind them."
-            ) from None
+            raise self._untaken(error) from None
+
+    def _untaken(self, error: OSError) -> InvalidRequest:
+        return InvalidRequest(
+            f"--output: {self.path} cannot be written ({error.strerror}); the first {self._safe} of its {self._rows} "
+            "rows are safe. Mend that and give the command again: it goes on behind them."
+        )
 
     def make_safe(self) -> None:
         """Flush the rows to the disk, then record in the state file how many there are."""

@@ -75,7 +75,8 @@ async def asked(call: Call) -> Generation:
     form = MessagesForm(call.named.id, body.model, choice_of(body.tools, body.tool_choice))
     user = None if body.metadata is None else body.metadata.user_id
     options, prompt = body.options(), body.conversation()
-    return Generation(call.sender(user), model, adapter, prompt, options, body.seed, form, NAMES, body.stream)
+    client = call.sender(user, "metadata.user_id")
+    return Generation(client, model, adapter, prompt, options, body.seed, form, NAMES, body.stream)
 
 
 @dataclass

@@ -104,7 +104,8 @@ class Gateway:
         kept = [*self._of_files(), *self._of_fine_tuning()]
         routes += [Route(path, Endpoint(self.owned(answer)), methods=[method]) for method, path, answer in kept]
         paths = (*posted, *shown, *(path for _, path, _ in kept))
-        router = Router(routes, lifespan=self._lifespan)
+        # A client would be sent on over plain HTTP, also from behind TLS: its key and its body would go in the open.
+        router = Router(routes, redirect_slashes=False, lifespan=self._lifespan)
         return Front(router, self.names, numbers, paths, partial(_methods, routes))
 
     def _of_files(self) -> list[tuple[str, str, Owned]]:

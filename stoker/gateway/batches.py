@@ -73,8 +73,8 @@ class BatchEndpoints:
         body, caller, owner = parse(BatchBody, call.body), call.caller, call.client.settings.client_key
         window, lifetime = body.seconds(), body.output_expires_after
         body.check_metadata()
-        seconds = checked_lifetime(None if lifetime is None else lifetime.seconds)
-        source = await self._store.find(body.input_file_id, owner)
+        seconds = checked_lifetime(None if lifetime is None else lifetime.seconds, "output_expires_after")
+        source = await self._store.find(body.input_file_id, owner, "input_file_id")
         if source.purpose != "batch":
             raise _wrong("input_file_id", f"{source.id} has the purpose {source.purpose}; upload it with batch.")
         created = await self._store.now()

@@ -94,16 +94,18 @@ class Call:
             raise Refused(404, message, param="model", code="model_not_found")
         return base
 
-    def sender(self, user: str | None) -> AsyncClient:
-        """The client under whose key the job is sent: that of the API key; where there are none, `user`."""
+    def sender(self, user: str | None, field: str = "user") -> AsyncClient:
+        """The client under whose key the job is sent: that of the API key; where there are none, `user`, which the
+        request calls `field`. Raises `Refused`."""
         if user is None or user == self.caller.key:
             return self.client
+        given = f"{field}: {brief(user)} given"
         if self.caller.key is not None:
-            message = f"user: {brief(user)} given; jobs of this key are those of {self.caller.key}. Leave it out."
-            raise Refused(403, message, param="user", code="invalid_value")
+            message = f"{given}; jobs of this key are those of {self.caller.key}. Leave it out."
+            raise Refused(403, message, param=field, code="invalid_value")
         if not follows(Rule.NAME, user):
-            message = f"user: {brief(user)} given; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
-            raise Refused(400, message, param="user", code="invalid_value")
+            message = f"{given}; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
+            raise Refused(400, message, param=field, code="invalid_value")
         return self.client.with_key(user)
 
     def waits(self, sender: AsyncClient, *, store: bool = False) -> Waiter:

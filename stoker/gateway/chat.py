@@ -19,7 +19,7 @@ from stoker.gateway.answers import Generation
 from stoker.gateway.calls import Call, parsed
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event
-from stoker.gateway.fields import Body, Items
+from stoker.gateway.fields import Body, Items, check_schema
 from stoker.gateway.logprobs import all_logprobs, logprobs_of
 from stoker.gateway.messages import ChatMessageBody
 from stoker.gateway.sampling import OpenAIBody
@@ -43,9 +43,7 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            message = f"response_format.json_schema: expected with type json_schema alone; type is {self.type}."
-            raise Refused(400, message, param="response_format.json_schema", code="invalid_value")
+        check_schema("response_format.json_schema", self.type, given=self.json_schema is not None)
         if self.json_schema is not None:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from stoker import errors
+from stoker.contract.codec import WHOLE
 from stoker.errors import InvalidRequest, QueueFull, StokerError
 
 #: Seconds after which a client may ask again when the broker or a worker is away.
@@ -137,6 +138,8 @@ class Names:
 
     def _named(self, message: str) -> tuple[str | None, str]:
         """The endpoint's own name for the field that a message begins with, and the message with it."""
+        # Of several fields together: no field has that name.
+        message = message.removeprefix(f"{WHOLE}: ")
         found = re.match(r"([a-z_]+)((?:\.[A-Za-z0-9_]+)*): ", message)
         if found is None:
             return None, message

@@ -102,6 +102,17 @@ def checked_body(body: type[B], given: Mapping[str, Any]) -> B:
         raise _refusal(error) from None
 
 
+def check_schema(name: str, kind: str, *, given: bool) -> None:
+    """Raise `Refused` for a form of answers of the type `kind` that lacks its schema, the field `name`, or has one that
+    it does not take."""
+    if not given and kind == "json_schema":
+        message = f"{name}: missing; with type json_schema it has to be given."
+        raise Refused(400, message, param=name, code="missing_required_parameter")
+    if given and kind != "json_schema":
+        message = f"{name}: given with type {kind}; leave it out, or say type json_schema."
+        raise Refused(400, message, param=name, code="invalid_value")
+
+
 def _check_known(body: type[Body], name: str) -> None:
     if name in body.model_fields:
         return

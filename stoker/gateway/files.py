@@ -52,13 +52,13 @@ class UploadBody(Body):
         return checked_lifetime(self.expires_after_seconds)
 
 
-def checked_lifetime(seconds: int | None) -> int:
-    """What `expires_after.seconds` says, or the default. Raises `Refused`."""
+def checked_lifetime(seconds: int | None, field: str = "expires_after") -> int:
+    """What the seconds of `field` say, or the default. Raises `Refused`."""
     if seconds is None:
         return FILE_TTL
     if not LEAST_LIFETIME <= seconds <= FILE_TTL:
-        message = f"expires_after: {seconds} seconds given; allowed: {LEAST_LIFETIME} to {FILE_TTL}."
-        raise Refused(400, message, param="expires_after", code="invalid_value")
+        message = f"{field}: {seconds} seconds given; allowed: {LEAST_LIFETIME} to {FILE_TTL}."
+        raise Refused(400, message, param=field, code="invalid_value")
     return seconds
 
 
@@ -159,7 +159,13 @@ def _body(fields: Mapping[str, str]) -> UploadBody:
     seconds = fields.get("expires_after[seconds]")
     if seconds is not None and seconds.isascii() and seconds.isdecimal() and len(seconds) < 10:
         given["expires_after_seconds"] = int(seconds)
-    return checked_body(UploadBody, given)
+    try:
+        return checked_body(UploadBody, given)
+    except Refused as refused:
+        # As the form calls the field.
+        name = next((name for name, ours in UploadBody.FORM.items() if ours == refused.param), str(refused.param))
+        message = refused.message.replace(str(refused.param), name, 1)
+        raise Refused(refused.status, message, param=name, code=refused.code) from None
 
 
 def shown(record: FileRecord) -> dict[str, object]:

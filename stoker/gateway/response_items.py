@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stoker.contract.shown import brief
-from stoker.gateway.errors import Refused
-from stoker.gateway.fields import Body
+from stoker.gateway.fields import Body, check_schema
 from stoker.gateway.tools import Function
 
 _PARTS = ("input_text", "output_text")
@@ -168,9 +167,7 @@ class TextFormat(Body):
     strict: bool = True
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        if (self.type == "json_schema") != (self.schema_ is not None):
-            message = f"text.format.schema: expected with type json_schema alone; type is {self.type}."
-            raise Refused(400, message, param="text.format.schema", code="invalid_value")
+        check_schema("text.format.schema", self.type, given=self.schema_ is not None)
         return {"type": "object"} if self.type == "json_object" else self.schema_
 
 

@@ -47,13 +47,14 @@ class Store:
         with translated(self._client.settings):
             return await self.records.now()
 
-    async def find(self, file_id: str, owner: str) -> FileRecord:
-        """Raises `Refused` for a file that this owner does not have."""
+    async def find(self, file_id: str, owner: str, field: str | None = None) -> FileRecord:
+        """Raises `Refused` for a file that this owner does not have. `field`: of a request, which names it; None: the
+        path does."""
         with translated(self._client.settings):
             record = await self.records.find(file_id, owner)
         if record is None:
-            message = f"file: {brief(file_id, 80)} given; there is no file of that id. GET /v1/files lists yours."
-            raise Refused(404, message, param="id", code="file_not_found")
+            said = f"{brief(file_id, 80)} given; there is no file of that id. GET /v1/files lists yours."
+            raise Refused(404, f"{field or 'file'}: {said}", param=field or "id", code="file_not_found")
         return record
 
     async def listed(self, owner: str, *, newest_first: bool = True) -> AsyncIterator[FileRecord]:

@@ -50,6 +50,11 @@ MAX_FILES = 200_000
 WHOLE = 64
 #: Seconds since the epoch from which on a time is no file's.
 LAST_TIME = 1 << 33
+#: What comes of reading a file that is no archive, or not a whole one.
+_UNREADABLE = (
+    *(tarfile.TarError, gzip.BadGzipFile, zlib.error),
+    *(EOFError, ValueError, OverflowError, RecursionError),
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,9 @@ class Counted:
 
 
 def backup(settings: Settings, redis: Any, target: Path) -> Counted:
-    """Write everything to `target`, whole or not at all. Raises `InvalidRequest` for more files than a restore takes,
-    `OSError`, and redis-py's errors."""
+    """Write everything to `target`, whole or not at all; a former backup makes way. Raises `InvalidRequest` for another
+    file in its place and for more files than a restore takes, `OSError`, and redis-py's errors."""
+    _check_target(target)
     counted = Counted(0, 0)
     count = sum(len(files) for _, files in _folders(settings.home))
     # With the two that the archive has of its own.
@@ -86,6 +92,24 @@ def backup(settings: Settings, redis: Any, target: Path) -> Counted:
 
     write_whole(target, write, mode=0o600)
     return counted
+
+
+def _check_target(target: Path) -> None:
+    if target.is_dir():
+        raise InvalidRequest(f"{target}: a folder given; name the file that is to be written there.")
+    if os.path.lexists(target) and not _is_backup(target):
+        raise InvalidRequest(f"{target} is there already, and is no backup of `stoker backup`. Name another file.")
+
+
+def _is_backup(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    try:
+        with _Unpacked(file) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
+            first = archive.next()
+            return first is not None and first.name == _ABOUT
+    except _UNREADABLE:
+        return False
 
 
 def restore(settings: Settings, redis: Any, source: Path, *, gateway_keys: bool = True) -> Counted:
@@ -111,9 +135,7 @@ def restore(settings: Settings, redis: Any, source: Path, *, gateway_keys: bool 
                     files += 1
                 else:
                     kept.append(member.name)
-    except (
-        tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, OverflowError, RecursionError
-    ) as error:  # fmt: skip
+    except _UNREADABLE as error:
         raise InvalidRequest(f"{source}: no whole backup of `stoker backup` ({error}).") from None
     return Counted(files, added, tuple(kept), tuple(restored.api_keys))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from stoker.broker.connection import connect, translated
 from stoker.errors import StokerError
+from stoker.local.home import ELSEWHERE, what_is_in_the_way
 from stoker.settings import Settings
 
 #: Bytes that should be free: a checkpoint of a run, and the append-only file while it is written anew.
@@ -51,7 +52,9 @@ def check_home(settings: Settings) -> Check:
     if not existing.exists():
         found = f"{existing} leads to {os.readlink(existing)}, which is not there"
         return Check("home", False, found, "mount its disk, or set STOKER_HOME to another folder")
-    ok = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    ok = existing.is_dir() and os.access(existing, os.R_OK | os.W_OK | os.X_OK)
+    if ok and existing == home and (what := what_is_in_the_way(home)):
+        return Check("home", False, f"{home} {what}", f"set STOKER_HOME to another folder. {ELSEWHERE}")
     state = "is there" if existing == home else "will be made"
     detail = f"{home} {state}" if ok else f"{existing} is {'not writable' if existing.is_dir() else 'no folder'}"
     return Check("home", ok, detail, _unless(ok, f"make {existing} writable, or set STOKER_HOME to another folder"))

@@ -131,7 +131,7 @@ class RotatingLog:
 
 
 def main(grace: float, log: RotatingLog, command: list[str]) -> int:
-    """Returns the command's exit code."""
+    """Returns the command's exit code; of one that a signal ended 128 and its number, as shells do."""
     asked = threading.Event()
     # Handlers first: a signal that comes between the two would end this process and leave the child.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -143,7 +143,7 @@ def main(grace: float, log: RotatingLog, command: list[str]) -> int:
         threading.Thread(target=_await_end_of_input, args=(asked,), daemon=True).start()
     code = _wait(child, asked, grace)
     pump.join(LINGER)
-    return code
+    return code if code >= 0 else 128 - code
 
 
 def _pump(child: subprocess.Popen[bytes], log: RotatingLog) -> None:

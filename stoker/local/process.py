@@ -15,6 +15,15 @@ from stoker.local import guard
 from stoker.settings import Settings
 
 
+def how_it_ended(code: int) -> str:
+    """In words, behind "ended with": by the exit code of a process, or of the guard that it had."""
+    number = -code if code < 0 else code - 128
+    if number not in {each.value for each in signal.Signals}:
+        return f"exit code {code}"
+    why = ", which the system sends where memory runs out" if number == signal.SIGKILL else ""
+    return signal.Signals(number).name + why
+
+
 @dataclass(frozen=True)
 class LogSize:
     """`bytes` that a log file may have, and how many `files` that were full are kept, as `NAME.log.1` and so on."""

@@ -21,7 +21,7 @@ from stoker.local import boot_errors
 from stoker.local.broker import PREFERRED_PORT, EmbeddedBroker, free_port
 from stoker.local.home import make_home
 from stoker.local.naming import take_name
-from stoker.local.process import LogSize, Process
+from stoker.local.process import LogSize, Process, how_it_ended
 from stoker.monitor.access import password
 from stoker.settings import Settings
 
@@ -194,14 +194,14 @@ class Stack:
         for name, extra in list(self._extras.items()):
             if extra.returncode is not None:
                 del self._extras[name]
-                report(f"{name} ended (exit code {extra.returncode}), see {extra.log}; jobs go on without it")
+                report(f"{name} ended ({how_it_ended(extra.returncode)}), see {extra.log}; jobs go on without it")
 
     def _tend_worker(self, client: Client, report: Callable[[str], None]) -> None:
         """Start another worker in place of one that has ended, after a pause."""
         assert self.worker is not None
         warm, code = self._is_warm, self.worker.returncode
         if code is not None:
-            why = f"exit code {code}" if warm else f"not warm yet: {_error_of(self.worker)}"
+            why = how_it_ended(code) if warm else f"not warm yet: {_error_of(self.worker)}"
             report(f"the worker ended ({why}); starting another" + ("" if warm else f" in {self._pause:.0f} s"))
             time.sleep(self._pause)
             self.start_worker()
@@ -304,8 +304,8 @@ def worker_command(settings: Settings, name: str) -> list[str]:
 
 def _error_of(worker: Process) -> StokerError:
     """The error that a worker wrote when its boot failed."""
-    output = worker.output()
-    return boot_errors.error_in(output, worker.returncode) or WorkerUnavailable(
-        f"the worker ended before it was warm (exit code {worker.returncode}); its log {worker.log} ends with: "
+    output, code = worker.output(), worker.returncode
+    return boot_errors.error_in(output, code) or WorkerUnavailable(
+        f"the worker ended before it was warm ({how_it_ended(code or 0)}); its log {worker.log} ends with: "
         f"{output.strip()[-300:]}"
     )

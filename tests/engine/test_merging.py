@@ -56,6 +56,11 @@ def test_a_merged_model_is_of_the_dtype_of_its_base(tmp_path: Path) -> None:
     assert {array.dtype for array in safetensors.read_folder(tmp_path / "merged").values()} == {mx.bfloat16}
 
 
+def test_a_base_that_does_not_generate_is_named_by_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"^{BASES / 'mpnet'} makes embeddings"):
+        merge([str(BASES / "mpnet")], tmp_path / "style", tmp_path / "merged")
+
+
 def test_a_merge_that_cannot_be_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no adapter_config\.json in it"):

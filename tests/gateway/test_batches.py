@@ -540,14 +540,15 @@ def test_a_batch_that_is_wrong_is_refused_by_name(api: openai.OpenAI, file_id: s
         ({"input_file_id": tuned}, "input_file_id"), ({"metadata": {"a": 1}}, "metadata.a"),
         ({"metadata": {str(number): "x" for number in range(17)}}, "metadata"),
         ({"metadata": {"x" * 65: "x"}}, "metadata"), ({"priority": 0}, "priority"),
-        ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "expires_after"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires_after"),
     ]  # fmt: skip
     for fields, param in wrong:
         with pytest.raises(openai.BadRequestError) as caught:
             api.post("/batches", body=right | fields, cast_to=object)
         assert caught.value.param == param
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError, match="input_file_id: 'file-0000") as unknown:
         api.post("/batches", body=right | {"input_file_id": "file-" + "0" * 32}, cast_to=object)
+    assert unknown.value.param == "input_file_id"
     with pytest.raises(openai.NotFoundError):
         api.batches.retrieve("batch_../x")
     page = httpx2.post(f"{running.url}/v1/batches/batch_1/cancel", headers={"origin": "http://localhost"})

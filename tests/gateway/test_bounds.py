@@ -22,7 +22,7 @@ from stoker.gateway.calls import Caller
 from stoker.gateway.chat import ChatBody
 from stoker.gateway.errors import Refused
 from stoker.gateway.events import Event, EventResponse
-from stoker.gateway.fields import checked_body
+from stoker.gateway.fields import check_schema, checked_body
 from stoker.monitor.numbers import Numbers
 from stoker.testing import AsyncFakeClient
 
@@ -169,7 +169,6 @@ def test_a_broker_that_does_not_answer_in_time_is_away(monkeypatch: pytest.Monke
     ("fields", "param"),
     [
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_object", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
@@ -181,6 +180,23 @@ def test_fields_that_rule_each_other_out_are_refused_by_name(fields: dict[str, A
     with pytest.raises(Refused) as refused:
         body.options(9)
     assert (refused.value.status, refused.value.param, refused.value.code) == (400, param, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        ("json_schema", False, "x: missing; with type json_schema it has to be given."),
+        ("text", True, "x: given with type text; leave it out, or say type json_schema."),
+        ("json_object", True, "x: given with type json_object; leave it out, or say type json_schema."),
+    ],
+)
+def test_a_schema_that_lacks_or_that_its_type_does_not_take_is_refused_as_that(
+    kind: str, given: bool, said: str
+) -> None:
+    with pytest.raises(Refused) as refused:
+        check_schema("x", kind, given=given)
+    assert (refused.value.param, refused.value.message) == ("x", said)
+    check_schema("x", kind, given=not given)
 
 
 @pytest.mark.parametrize(

@@ -298,9 +298,9 @@ WRONG: list[tuple[dict[str, str], str]] = [
     ({"purpose": "assistants"}, "purpose"), ({}, "purpose"), ({"purpose": "batch", "x": "y"}, "x"),
     ({"purpose": "batch", ANCHOR: "created_at"}, "expires_after"),
     ({"purpose": "batch", SECONDS: "3600"}, "expires_after"),
-    ({"purpose": "batch", ANCHOR: "now", SECONDS: "3600"}, "expires_after_anchor"),
+    ({"purpose": "batch", ANCHOR: "now", SECONDS: "3600"}, ANCHOR),
     ({"purpose": "batch", ANCHOR: "created_at", SECONDS: "1"}, "expires_after"),
-    ({"purpose": "batch", ANCHOR: "created_at", SECONDS: "x"}, "expires_after_seconds"),
+    ({"purpose": "batch", ANCHOR: "created_at", SECONDS: "x"}, SECONDS),
 ]  # fmt: skip
 
 
@@ -308,6 +308,7 @@ def test_an_upload_that_is_wrong_is_refused_by_name(over: Served, settings: Sett
     for fields, param in WRONG:
         refused = post(over, files={"file": ("a", LINES)}, data=fields)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        assert param in refused.json()["error"]["message"].partition(" ")[0]
     assert folders(settings) == []
 
 

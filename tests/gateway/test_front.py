@@ -42,6 +42,15 @@ def test_a_name_that_a_foreign_page_may_have_is_refused(
     assert http.get("/v1/models", headers={"host": host}).status_code == status
 
 
+@pytest.mark.parametrize("path", [PATH, "/v1/files", "/metrics"])
+def test_a_path_with_a_slash_behind_it_is_none_and_sends_no_client_elsewhere_with_its_key(
+    http: httpx2.Client, path: str
+) -> None:
+    answer = http.post(f"{path}/", json=BODY)
+    assert (answer.status_code, "location" in answer.headers) == (404, False)
+    assert f"POST '{path}/'" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonp"])
 def test_a_foreign_page_can_send_nothing_without_asking_and_gets_no_leave(
     http: httpx2.Client, fake: AsyncFakeClient, kind: str

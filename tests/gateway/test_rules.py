@@ -195,6 +195,8 @@ def test_a_field_has_the_name_of_its_endpoint_with_all_that_follows_it() -> None
         ("top_p: 2 given", "top_p", "top_p: 2 given"),
         ("Nothing is named: here", None, "Nothing is named: here"),
         ("no field", None, "no field"),
+        ("request: n x max_tokens: too many", None, "n x max_tokens: too many"),
+        ("request: texts: too many characters", "input", "input: too many characters"),
     ):
         refused = names.refusal(InvalidRequest(message))
         assert (refused.status, refused.param, refused.message) == (400, param, said)

@@ -31,7 +31,7 @@ from stoker.client._sync.jobs import EmbedJob
 from stoker.contract import GenerateResult, ModelCard, Presence, StreamToken, Usage, encode
 from stoker.contract.codec import read
 from stoker.contract.control import ModelCommand, ModelReport
-from stoker.errors import BrokerUnavailable, JobTimeout
+from stoker.errors import BrokerUnavailable, DeadlineExceeded, JobTimeout
 from tests.conftest import wait_until
 from tests.monitor.conftest import Running
 from tests.stoker.acl import Guarded, guarded_broker
@@ -165,6 +165,8 @@ def test_a_client_cancels_uploads_retries_and_changes_adapters(broker: Guarded, 
     assert client.adapters.get("a").serving == 2
     worker.set(keys.client("default", QUEUE), "garbage", ex=60)
     client.generate("x").cancel()
+    with pytest.raises(DeadlineExceeded):
+        client.generate("x", deadline=0.01).result(30)
     assert broker.denied() == []
 
 

@@ -183,6 +183,39 @@ def test_a_home_is_closed_to_other_users_also_one_that_was_open(tmp_path: Path) 
     assert home.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_a_folder_that_is_not_stokers_alone_is_no_home_and_keeps_the_rights_of_all_in_it(
+    tmp_path: Path, mode: int
+) -> None:
+    home = tmp_path / "project"
+    (home / "logs").mkdir(parents=True)
+    page = home / "logs" / "index.html"
+    if mode == 0o755:
+        (home / "Makefile").touch()
+    page.touch(0o644)
+    home.chmod(mode)
+    with pytest.raises(ConfigError, match=f"^STOKER_HOME: {home} (is a folder of all users|has .*'Makefile'). A home"):
+        make_home(home)
+    assert (home.stat().st_mode & 0o7777, page.stat().st_mode & 0o777) == (mode, 0o644)
+
+
+@pytest.mark.parametrize("mark", ["identity", "broker/password", "worker.env"])
+def test_a_folder_where_stoker_was_before_is_a_home_with_anything_next_to_it(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "home" / "broker").mkdir(parents=True)
+    (tmp_path / "home" / "notes.txt").touch()
+    (tmp_path / "home" / mark).touch()
+    make_home(tmp_path / "home")
+
+
+def test_what_lies_in_an_empty_folder_all_the_same_makes_it_no_other_programs(tmp_path: Path) -> None:
+    """A disk's own folder, a user's hidden files, what Stoker restored, and drafts of a start that was killed."""
+    home = tmp_path / "home"
+    for name in ("lost+found", ".cache", "adapters", "runs", "tmpa1b2c3_4"):
+        (home / name).mkdir(parents=True)
+    make_home(home)
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
 def test_a_stack_tries_its_home_before_it_starts_anything(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.touch()
@@ -220,6 +253,7 @@ def test_a_home_on_a_disk_without_room_is_one_error(tmp_path: Path, monkeypatch:
 def test_what_an_earlier_release_left_open_in_a_home_is_closed_and_nothing_that_links_lead_to(tmp_path: Path) -> None:
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     (home / "broker" / "deep").mkdir(parents=True, mode=0o755)
+    (home / "identity").touch(0o600)
     for name, mode in (("broker/deep/appendonly.aof", 0o644), ("logs.txt", 0o666), ("tool", 0o755), ("kept", 0o400)):
         (home / name).write_text("x")
         (home / name).chmod(mode)
@@ -231,7 +265,7 @@ def test_what_an_earlier_release_left_open_in_a_home_is_closed_and_nothing_that_
     found = {path.name: path.stat().st_mode & 0o777 for path in home.rglob("*") if path.name != "broken"}
     assert found == {
         "broker": 0o700, "deep": 0o700, "appendonly.aof": 0o600, "logs.txt": 0o600, "tool": 0o700, "kept": 0o400,
-        "link": 0o644,
+        "identity": 0o600, "link": 0o644,
     }  # fmt: skip
 
 

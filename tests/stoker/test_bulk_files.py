@@ -215,7 +215,6 @@ def test_a_disk_that_takes_nothing_more_is_said_and_the_run_goes_on_behind_what_
     def interrupted() -> None:
         with opened(path, 4, job) as output:
             output.write(rows)
-            output.make_safe()
             output.write(2 * rows)
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))

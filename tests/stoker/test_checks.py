@@ -110,6 +110,15 @@ def test_a_home_that_can_be_made_is_well_and_one_that_is_a_file_is_not(tmp_path:
     assert "STOKER_HOME" in found.remedy
 
 
+def test_a_folder_of_other_programs_is_no_home(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").touch()
+    found = check_home(load_settings(home=tmp_path))
+    assert (found.ok, found.detail) == (
+        False, f"{tmp_path} has things in it that are not Stoker's, such as 'Makefile'"
+    )  # fmt: skip
+    assert "another folder" in found.remedy
+
+
 @pytest.mark.parametrize("below", ["", "home"])
 def test_a_home_on_a_disk_that_is_not_there_is_named_with_where_it_leads(tmp_path: Path, below: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "disk")

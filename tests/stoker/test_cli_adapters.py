@@ -16,7 +16,7 @@ from stoker.broker.registry import AdapterEntry
 from stoker.cli import app
 from stoker.client._sync.adapters import Adapters
 from stoker.contract import ModelCard, Presence
-from stoker.errors import InvalidRequest
+from stoker.errors import InvalidRequest, UnknownAdapter
 from stoker.settings import Settings
 
 
@@ -128,6 +128,18 @@ def test_a_version_that_a_job_makes_while_an_adapter_is_removed_stays(
     assert adapters.serving == 3
 
 
+@pytest.mark.parametrize("verb", ["show", "remove", "rollback", "deactivate"])
+def test_a_version_where_the_whole_adapter_is_meant_is_refused_and_changes_nothing(
+    adapters: Commands, verb: str
+) -> None:
+    for version in (1, 9):
+        assert f"'style@{version}' given; name the adapter alone" in adapters(verb, f"style@{version}", fails=True)
+    before = adapters("show", "style")
+    adapters("deactivate", "style")
+    assert "name the adapter alone" in adapters(verb, "style@1", fails=True)
+    assert adapters("show", "style").splitlines()[0] == before.splitlines()[0]
+
+
 def test_an_adapter_that_is_not_there_is_one_error(adapters: Commands) -> None:
     for words in (["show", "none"], ["promote", "none@1"], ["remove", "none"]):
         assert "none" in adapters(*words, fails=True)
@@ -140,6 +152,7 @@ def test_an_adapter_that_is_not_there_is_one_error(adapters: Commands) -> None:
         ("/models/Mini", [], "mini"),
         ("own=/models/mini", [], "own"),
         ("/models/mini", ["--model", "served"], "served"),
+        ("/models/mini", ["--model", "/models/Served Here"], "served-here"),
     ],
 )
 def test_an_adapter_is_exported_from_the_folder_of_the_name_that_its_base_is_served_under(
@@ -153,13 +166,22 @@ def test_an_adapter_is_exported_from_the_folder_of_the_name_that_its_base_is_ser
 
     monkeypatch.setenv("STOKER_HOME", str(tmp_path))
     monkeypatch.setattr("stoker.cli.adapters.ask_engine", ask_engine)
+    for version in ("2", "10"):
+        (tmp_path / "adapters" / folder / "style" / version).mkdir(parents=True)
     done = CliRunner().invoke(app, ["adapters", "export", "style@2", base, "out", *options])
     assert done.stdout == "out: 3 layers merged\n", done.output
     (given,) = asked
     assert given["adapter"] == str(tmp_path / "adapters" / folder / "style" / "2")
     assert (given["verb"], given["target"]) == ("export", "out")
+    missing = CliRunner().invoke(app, ["adapters", "export", "style@3", base, "out", *options])
+    assert f"'style@3' given; of those of style for {folder} this machine's disk has: 2, 10. " in str(missing.exception)
+    other = CliRunner().invoke(app, ["adapters", "export", "none@3", base, "out", *options])
+    assert "this machine's disk has: none. " in str(other.exception)
+    assert asked == [given]
     no_version = CliRunner().invoke(app, ["adapters", "export", "style", base, "out"])
     assert type(no_version.exception) is InvalidRequest
+    nowhere = CliRunner().invoke(app, ["adapters", "export", "style@2", base, "out", "--model", "../x y"])
+    assert type(nowhere.exception) is UnknownAdapter
 
 
 def test_every_adapter_is_in_the_list(adapters: Commands) -> None:

@@ -315,7 +315,7 @@ def test_an_error_of_the_engines_tool_keeps_its_class(monkeypatch: pytest.Monkey
     with pytest.raises(ModelError, match="no weights there"):
         engine_tool.ask_engine("verify", sources=["x"])
     answers("Killed")
-    with pytest.raises(JobFailed, match=r"models_tool verify` ended with exit code 1; its error is above"):
+    with pytest.raises(JobFailed, match=r"models_tool verify` ended with exit code 1\. What it said is above"):
         engine_tool.ask_engine("verify", sources=["x"])
 
 

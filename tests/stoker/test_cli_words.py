@@ -18,6 +18,7 @@ from stoker.broker import letters
 from stoker.cli import adapters as adapters_command
 from stoker.cli import app, doctor, inputs, jobs, machine, runs, serve
 from stoker.cli import embed as embed_command
+from stoker.cli import generate as generate_command
 from stoker.cli import init as init_command
 from stoker.cli import models as models_command
 from stoker.cli import train as train_command
@@ -41,7 +42,7 @@ def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeClient:
     """What every command here is over."""
     monkeypatch.chdir(tmp_path)
     made = FakeClient(key="alice", adapters=["style"])
-    for module in (adapters_command, jobs, runs, embed_command, models_command, train_command):
+    for module in (adapters_command, jobs, runs, embed_command, generate_command, models_command, train_command):
         monkeypatch.setattr(module, "connect", lambda url: made)
     return made
 
@@ -166,6 +167,10 @@ def test_a_worker_that_was_asked_about_a_model_says_what_it_has_now(
     assert asked == [("m", {"worker": "w", "timeout": 7.5})] * 2
     assert said("models", verb, "m") == line
     assert asked[-1] == ("m", {"worker": None, "timeout": None})
+    report = report.model_copy(update={"was_warm": True})
+    assert said(*words) == (
+        "m: warm already at w@h/1, as its files were when it was loaded. To have them read anew, unload it first\n"
+    )
 
 
 # Files
@@ -178,10 +183,45 @@ def test_texts_of_a_file_need_an_output_and_an_output_one_file(client: FakeClien
     for wrong in (("--in-flight", "0"), ("--batch", "0"), ("--dimensions", "0"), ("--dtype", "int4")):
         assert wrong[0][2:].replace("-", "_") in refused("embed", "texts.txt", "-o", "out.npy", *wrong)
         assert not list(Path().glob("out.npy*"))
+    Path("out.npy").write_text("a\n")
+    assert "written over its input out.npy" in refused("embed", "out.npy", "-o", "out.npy", "--overwrite")
+    Path("out.npy").unlink()
     assert said("embed", "texts.txt", "-o", "out.npy") == "out.npy: 3 vectors of 8 numbers, float32\n"
     record = json.loads(said("embed", "texts.txt", "-o", "out.npy", "--overwrite", "--dtype", "float16", "--json"))
     assert record.pop("seconds") >= 0
     assert record == {"output": "out.npy", "rows": 3, "resumed": 0, "dim": 8, "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("embed", "texts.txt", "a"), "texts.txt is a file: name a file for its vectors"),
+        (("embed", "a", "none.jsonl"), "none.jsonl: there is no such file. Give a text that ends so on standard input"),
+        (("generate", "none.jsonl"), "none.jsonl: there is no such file"),
+        (("rerank", "q", "texts.txt", "a"), "texts.txt is a file: it is read where it is given alone"),
+        (("rerank", "q", "text.txt"), "text.txt: there is no such file"),
+        (("embed", "a", "--batch", "5"), "--batch: given without --output"),
+        (("embed", "texts.txt", "--field", "body", "-o", "a.npy"), "--field: 'body' given with texts.txt, whose lines"),
+        (("embed", "a", "--field", "body"), "--field: given without a file of JSON lines"),
+    ],
+)
+def test_the_name_of_a_file_is_never_taken_for_a_text_nor_is_what_is_for_files_passed_over(
+    client: FakeClient, words: tuple[str, ...], why: str
+) -> None:
+    Path("texts.txt").write_text("a\nb\n")
+    assert why in refused(*words)
+    assert not client.sent.jobs
+
+
+@pytest.mark.parametrize("steps", ["100", "99"])
+def test_steps_next_to_epochs_are_refused_also_as_many_as_are_usual(client: FakeClient, steps: str) -> None:
+    Path("style.jsonl").write_text('{"text": "a"}\n')
+    words = ("train", "style", "--dataset", "style.jsonl", "--epochs", "2", "--steps", steps)
+    assert refused(*words) == "steps and epochs given; say one of them."
+
+
+def test_a_text_that_speaks_of_a_file_is_a_text(client: FakeClient) -> None:
+    assert "what is in none.txt" in said("embed", "what is in none.txt")
 
 
 def test_a_folder_that_init_cannot_write_is_named(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +308,8 @@ def test_a_run_is_followed_by_its_name_here_or_its_id_elsewhere_and_nothing_else
     assert said("runs", "attach", "job-2").splitlines()[-1] == ends.replace("@2", "@3")
     client.generate("x", job_id="text")
     assert refused("runs", "attach", "text").startswith("text: no training run")
+    there = "run 'minne' given; on this machine there are: job-1 (mine). Nor does the broker know a job of that id."
+    assert refused("runs", "attach", "minne") == there
 
 
 PLAN = {

@@ -15,7 +15,7 @@ import safetensors.numpy
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from stoker import AsyncClient, Client, EmbedJob, JobStatus, TrainJob
+from stoker import AsyncClient, Client, EmbedJob, GenerateJob, JobStatus, TrainJob
 from stoker.broker import keys, ledger, policy
 from stoker.broker.connection import connect
 from stoker.broker.ledger.record import Field
@@ -32,6 +32,7 @@ from stoker.contract.codec import build
 from stoker.contract.vectors import plain
 from stoker.errors import (
     DatasetError,
+    DeadlineExceeded,
     InvalidRequest,
     JobCancelled,
     JobDead,
@@ -230,6 +231,22 @@ def test_a_prompt_may_be_token_ids_or_the_messages_of_a_conversation() -> None:
     assert generate_request("m", [3, 1], 0, {}).prompt_ids == (3, 1)
     (message,) = generate_request("m", [{"role": "user", "content": "Hello"}], 0, {}).messages or ()
     assert message.content == "Hello"
+
+
+def test_ids_of_a_tokenizer_that_makes_arrays_are_token_ids() -> None:
+    ids: Any = np.array([3, 1])
+    for prompt in (ids, list(ids)):
+        assert generate_request("m", prompt, 0, {}).prompt_ids == (3, 1)
+
+
+NO_PROMPTS = [b"text", bytearray(b"text"), memoryview(b"text"), {"role": "user", "content": "a"}, 5]
+
+
+@pytest.mark.parametrize("prompt", NO_PROMPTS)
+def test_what_is_no_prompt_though_it_has_numbers_or_names_in_it_is_refused(prompt: Any) -> None:
+    said = f"^prompt: a {type(prompt).__name__} given; expected a text, a list of token ids, or a list of messages"
+    with pytest.raises(InvalidRequest, match=said):
+        generate_request("m", prompt, 0, {})
 
 
 def test_vectors_come_back_as_they_were_and_are_lost_when_expired() -> None:
@@ -562,6 +579,22 @@ def test_a_dead_letter_is_sent_again_once_with_its_input_and_without_its_crashes
         for nobody in (job.id, "nobody"):
             with pytest.raises(JobLost, match="no dead letter"):
                 sender.retry(nobody)
+
+
+@pytest.mark.parametrize("reads", ["result", "stream", "again"])
+def test_a_deadline_ends_a_job_that_no_worker_takes_for_who_waits_for_it(
+    fake: Callable[[], Client], server: Any, reads: str
+) -> None:
+    with fake() as client, fake() as other:
+        job = client.generate("x", model="smol", deadline=0.3)
+        if reads == "again":
+            found = other.job(job.id)
+            assert isinstance(found, GenerateJob)
+            job = found
+        with pytest.raises(DeadlineExceeded, match=r"no worker took it, and it is past its deadline of 0\.3 s"):
+            list(job.stream(timeout=30)) if reads == "stream" else job.result(30)
+        assert job.status() == JobStatus.FAILED
+        assert client.jobs() == {}
 
 
 @pytest.mark.parametrize("model", ["smol", "mini"])

@@ -270,6 +270,11 @@ def test_the_texts_of_one_job_are_bounded_in_number_and_size() -> None:
     refused(("x" * 900_000,) * 9, "8100000 characters in one job; at most 8000000. Send several jobs")
 
 
+def test_what_is_wrong_within_the_only_item_of_a_list_is_said_alone() -> None:
+    with pytest.raises(InvalidRequest, match=r"^messages\.0\.content: 5 given; expected a text\.$"):
+        build(GenerateRequest, {"model": "m", "messages": [{"role": "user", "content": 5}]})
+
+
 @pytest.mark.parametrize("text", ["", " \t\n", "\u3000"])
 def test_a_text_of_nothing_is_refused_by_its_place(text: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^texts\.1: an empty text given"):

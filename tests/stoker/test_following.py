@@ -12,7 +12,18 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from stoker.broker import connection, keys
 from stoker.client.channels import FellBehind
-from stoker.client.following import PAGE, QUIET, REMEMBERED, UNOWNED, Ended, Follower, Heard, TimeLimit
+from stoker.client.following import (
+    LONGEST_LATE,
+    PAGE,
+    QUIET,
+    REMEMBERED,
+    UNOWNED,
+    Ended,
+    Follower,
+    Heard,
+    Lateness,
+    TimeLimit,
+)
 from stoker.contract import StreamToken, TrainReport
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, JobTimeout
 from stoker.settings import Settings
@@ -156,8 +167,8 @@ def test_a_reader_of_the_result_alone_hears_no_entries() -> None:
 
 
 #: Kind, queue, owner, ability, client and what was asked, as the broker answers `summary`.
-OWNED = (b"generate", b"stoker.m.generate", b"token", None, None, None)
-GONE = (None,) * 6
+OWNED = (b"generate", b"stoker.m.generate", b"token", None, None, None, None)
+GONE = (None,) * 7
 DONE = json.dumps({"status": "SUCCESS", "result": {"text": "x"}}).encode()
 
 
@@ -298,7 +309,7 @@ def test_a_slow_reader_goes_on_also_without_any_patience_for_the_broker() -> Non
 def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() -> None:
     clock = Clock()
     waiting = follower(clock=clock)
-    waiting.looked([None, [b"generate", b"q", *[None] * 4], []])
+    waiting.looked([None, [b"generate", b"q", *[None] * 5], []])
     clock.now += UNOWNED - 0.1
     assert not waiting.asks_why()
     clock.now += 0.2
@@ -309,11 +320,30 @@ def test_a_job_without_an_owner_is_asked_about_once_and_not_before_its_time() ->
 def test_a_job_that_has_or_had_an_owner_or_made_tokens_is_not_asked_about() -> None:
     clock = Clock()
     owned, made = follower(clock=clock), follower(clock=clock)
-    owned.looked([None, [b"generate", b"q", b"token", *[None] * 3], []])
-    made.looked([None, [b"generate", b"q", *[None] * 4], [(b"1-0", {b"entry": payload(0)})]])
+    owned.looked([None, [b"generate", b"q", b"token", *[None] * 4], []])
+    made.looked([None, [b"generate", b"q", *[None] * 5], [(b"1-0", {b"entry": payload(0)})]])
     clock.now += 10 * UNOWNED
     assert not owned.asks_why()
     assert not made.asks_why()
+
+
+def test_of_a_job_that_waits_it_is_asked_now_and_then_whether_its_deadline_has_passed() -> None:
+    def late(reader: Follower[StreamToken], deadline: bytes | None, token: bytes | None = None) -> Lateness | None:
+        reader.looked([None, [b"generate", b"q", token, None, None, None, deadline], []])
+        return reader.lateness()
+
+    clock = Clock()
+    for deadline, every in ((b"0.5", QUIET), (b"200.0", 10.0), (b"1e6", LONGEST_LATE)):
+        reader = follower(clock=clock)
+        for _ in range(3):
+            assert late(reader, deadline) == Lateness("q", float(deadline))
+            assert late(reader, deadline) is None
+            clock.now += every - 0.01
+            assert late(reader, deadline) is None
+            clock.now += 0.01
+    for said in (None, b"", b"x", b"nan", b"inf", b"-1", b"0", b"\xff"):
+        assert late(follower(), said) is None
+    assert late(follower(), b"0.5", token=b"owner") is None, "its worker sees to it"
 
 
 def test_of_the_jobs_that_a_client_has_followed_to_their_end_it_remembers_the_last() -> None:

@@ -261,6 +261,19 @@ def test_options_that_are_wrong_and_files_that_cannot_be_leave_nothing_behind(cl
     assert not client.sent.jobs
 
 
+@pytest.mark.parametrize("source", ["out.jsonl", "out.jsonl.partial", "out.jsonl.partial.json", "link.jsonl"])
+def test_an_output_is_never_written_over_its_own_input(client: FakeClient, source: str) -> None:
+    write({"prompt": "a"})
+    Path("in.jsonl").rename("out.jsonl" if source == "link.jsonl" else source)
+    Path("link.jsonl").symlink_to("out.jsonl")
+    before = Path(source).read_bytes()
+    assert f"out.jsonl given, which would be written over its input {source}" in refused(
+        source, "-o", "out.jsonl", "--overwrite"
+    )
+    assert Path(source).read_bytes() == before
+    assert not client.sent.jobs
+
+
 def test_a_prompt_of_a_file_is_continued_as_it_is_and_with_chat_a_message(client: FakeClient) -> None:
     write({"prompt": "a", "max_tokens": 3}, {"prompt": [1]}, {"messages": [{"role": "system", "content": "b"}]})
     echo(client)

@@ -204,6 +204,13 @@ def test_a_guard_whose_input_is_no_pipe_runs_its_command_to_the_end(tmp_path: Pa
     assert (done.returncode, (tmp_path / "log").read_text()) == (0, "made\n")
 
 
+def test_a_command_that_a_signal_ended_has_the_exit_code_of_a_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    limits = ["5", str(tmp_path / "log"), "1000", "1"]
+    guarded = [sys.executable, str(guard.__file__), *limits, *command]
+    assert subprocess.run(guarded, stdin=subprocess.DEVNULL, timeout=30).returncode == 137
+
+
 def test_processes_that_share_a_log_lose_no_line_when_it_is_full(tmp_path: Path) -> None:
     log = tmp_path / "logs/child.log"
     children = [

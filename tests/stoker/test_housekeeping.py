@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from stoker import Client, Job, JobStatus
 from stoker.broker import keys, ledger, policy, prefixes, registry
 from stoker.cli import app
 from stoker.cli.housekeeping import seconds
-from stoker.errors import InvalidRequest, JobCancelled, UnknownAdapter
+from stoker.errors import InvalidRequest, JobCancelled, JobLost, UnknownAdapter
 from stoker.files.durable import DRAFT, draft_folder, remove_folder
 from stoker.local import backup, storage
 from stoker.local.backup import KINDS
@@ -84,11 +85,16 @@ def test_jobs_are_cancelled_by_id_by_model_by_kind_or_all(fake: Callable[[], Cli
         assert client.jobs() == {}
 
 
-def test_a_job_that_nobody_knows_hinders_no_other_cancel(fake: Callable[[], Client]) -> None:
+def test_a_job_that_nobody_knows_hinders_no_other_cancel_and_is_no_success(
+    fake: Callable[[], Client],
+) -> None:
     with fake() as client:
         job = client.embed(["a"], model="mini")
-        said = invoke("jobs", "cancel", "never-sent", job.id)
-        assert "never-sent: " in said
+        done = CliRunner().invoke(app, ["jobs", "cancel", "never-sent", job.id])
+        assert isinstance(done.exception, JobLost), done.output
+        assert str(done.exception) == "1 of 2 jobs are not known; see above."
+        assert "never-sent: the broker knows nothing of" in done.stdout
+        assert done.stdout.endswith("\n1 jobs\n")
         assert job.status() is JobStatus.CANCELLED
 
 
@@ -524,6 +530,31 @@ def test_a_backup_that_fails_leaves_the_one_before_as_it_was(server: Any, tmp_pa
         backup.backup(load_settings(), SimpleNamespace(scan_iter=gone), target)
     assert target.read_bytes() == before
     assert [path.name for path in target.parent.iterdir()] == ["b.tgz"]
+
+
+@pytest.mark.parametrize("kind", ["text", "gzip", "tar", "pipe", "broken link", "folder"])
+def test_a_backup_takes_the_place_of_a_former_one_and_of_nothing_else(server: Any, tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "b.tgz"
+    invoke("backup", str(target))
+    invoke("backup", str(target))
+    there = tmp_path / "there"
+    if kind == "text":
+        there.write_text("precious")
+    elif kind == "gzip":
+        there.write_bytes(gzip.compress(b"precious" * 200))
+    elif kind == "tar":
+        with tarfile.open(there, "w:gz") as archive:
+            archive.add(target, "precious")
+    elif kind == "pipe":
+        os.mkfifo(there)
+    elif kind == "broken link":
+        there.symlink_to(tmp_path / "nothing")
+    else:
+        there.mkdir()
+    before = there.lstat()
+    with pytest.raises(InvalidRequest, match=r"is no backup of|a folder given; name the file"):
+        invoke("backup", str(there))
+    assert (there.lstat().st_ino, there.lstat().st_size) == (before.st_ino, before.st_size)
 
 
 def test_a_restore_that_fails_leaves_no_half_file_and_may_be_run_again(

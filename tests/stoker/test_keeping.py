@@ -121,7 +121,7 @@ def test_a_worker_removes_them_and_says_so(caplog: pytest.LogCaptureFixture) -> 
     make_run("old", age=91 * DAY)
     make_run("new")
     with caplog.at_level(logging.INFO):
-        Housekeeping(load_settings(), never).round()
+        Housekeeping(load_settings(), never, time.time).round()
     assert names() == {"new"}
     assert "old: removed (a run of style beyond what is kept)" in caplog.text
 
@@ -158,10 +158,10 @@ def test_a_failed_run_whose_job_was_sent_again_stays_until_that_has_ended(broker
             redis.hset(keys.job(run), Field.KIND, "train")
             redis.expire(keys.job(run), 60)
         redis.set(keys.result("failed"), "{}", ex=60)
-        Housekeeping(limited(), sent_again(redis)).round()
+        Housekeeping(limited(), sent_again(redis), time.time).round()
         assert names() == {"waits", "new"}
         redis.set(keys.result("waits"), "{}", ex=60)
-        Housekeeping(limited(), sent_again(redis)).round()
+        Housekeeping(limited(), sent_again(redis), time.time).round()
         assert names() == {"new"}
 
 

@@ -21,6 +21,7 @@ from stoker.broker.ledger.replies import Claim, Crash, DeadLettered
 from stoker.broker.outcome import JobStatus, Outcome
 from stoker.celery_config import shared_config
 from stoker.contract.kinds import READY, TRAIN
+from stoker.errors import DeadlineExceeded
 from stoker.settings import Settings
 from tests.conftest import wait_until
 
@@ -1440,6 +1441,21 @@ def test_a_job_that_has_an_owner_is_not_refused(redis: Any) -> None:
     assert not ledger.refuse(redis, "job", QUEUE, ledger.revoked("job"))
     assert complete(redis, "one")
     assert not ledger.refuse(redis, "job", QUEUE, ledger.revoked("job")), "nor is one that has ended"
+
+
+def test_a_job_that_waits_is_ended_at_its_deadline_and_not_before(redis: Any) -> None:
+    submit(redis)
+    submit(redis, "runs")
+    ledger.claim(redis, "runs", QUEUE, "one", "tag", "worker-one")
+    assert not ledger.lateness("job", QUEUE, 60.0).on(redis)
+    assert not ledger.lateness("runs", QUEUE, 1e-9).on(redis), "its owner sees to it"
+    assert not ledger.lateness("nobody", QUEUE, 1e-9).on(redis)
+    assert ledger.lateness("job", QUEUE, 1e-9).on(redis)
+    assert not ledger.lateness("job", QUEUE, 1e-9).on(redis), "once"
+    outcome = Outcome.parse(redis.get(keys.result("job")))
+    assert outcome is not None
+    with pytest.raises(DeadlineExceeded, match="no worker took it, and it is past its deadline of 1e-09 s"):
+        outcome.unwrap("job")
 
 
 def test_a_letter_says_when_each_owner_went_silent(redis: Any) -> None:

@@ -141,8 +141,8 @@ def test_what_a_client_writes_is_a_mapping_of_the_records_fields(request_: Reque
 
 
 def test_what_no_client_wrote_is_read_as_nothing() -> None:
-    assert summary("x").parse([None] * 6) == summary("x").parse([None] * 6)
-    assert summary("x").parse([None, None, b"token", None, None, None]).owned
+    assert summary("x").parse([None] * 7) == summary("x").parse([None] * 7)
+    assert summary("x").parse([None, None, b"token", None, None, None, None]).owned
     assert listed("x").parse([b"kind", b"m", b"c", b"five", None]) is None
     assert listed("x").parse([b"kind", b"m", b"c", None, None]) is None
     assert owner("x").parse(ValueError("WRONGTYPE")) is None

@@ -14,10 +14,12 @@ from stoker.errors import BrokerUnavailable, ModelError, WorkerUnavailable
 from stoker.local import stack as stacks
 from stoker.local.boot_errors import line_of
 from stoker.local.broker import PREFERRED_PORT
+from stoker.local.process import how_it_ended
 from stoker.local.stack import COMPACT_EVERY, RESTART_PAUSE, Stack
 from stoker.settings import RunningBroker, Settings, load_settings
 
 URL = "redis://127.0.0.1:1/0"
+KILLED = "SIGKILL, which the system sends where memory runs out"
 
 
 class World:
@@ -297,13 +299,24 @@ def test_a_worker_that_dies_before_it_is_warm_again_takes_nothing_with_it(world:
     with pytest.raises(KeyboardInterrupt):
         stack.watch(said.append)
     assert said == [
-        "the worker ended (exit code 137); starting another",
+        f"the worker ended ({KILLED}); starting another",
         "the worker ended (not warm yet: no memory); starting another in 4 s",
         "a worker is warm again",
-        "the worker ended (exit code 137); starting another",
+        f"the worker ended ({KILLED}); starting another",
     ]
     assert world.did == ["start worker"] * 3
     assert [pause for pause in world.slept if pause >= RESTART_PAUSE] == [2.0, 4.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (1, "exit code 1"), (0, "exit code 0"), (70, "exit code 70"), (128, "exit code 128"), (255, "exit code 255"),
+        (-9, KILLED), (137, KILLED), (-11, "SIGSEGV"), (134, "SIGABRT"),
+    ],
+)  # fmt: skip
+def test_how_a_process_ended_is_said_in_words(code: int, said: str) -> None:
+    assert how_it_ended(code) == said
 
 
 def test_a_broker_that_is_away_as_a_worker_ends_is_waited_for(world: World, stack: Stack) -> None:
@@ -328,9 +341,9 @@ def test_a_broker_that_is_away_as_a_worker_ends_is_waited_for(world: World, stac
     with pytest.raises(KeyboardInterrupt):
         stack.watch(said.append)
     assert said == [
-        "the worker ended (exit code 137); starting another",
+        f"the worker ended ({KILLED}); starting another",
         "no answer. Trying again",
-        "the worker ended (exit code 137); starting another",
+        f"the worker ended ({KILLED}); starting another",
         "no answer. Trying again",
         "a worker is warm again",
     ]

@@ -90,12 +90,12 @@ def test_an_end_is_written_as_celery_does_with_the_moment_of_it() -> None:
 
 def test_a_record_says_what_its_job_is_who_owns_it_and_what_its_model_must_be_able_to_do() -> None:
     read_summary = summary("job").parse
-    known = read_summary([b"embed", b"stoker.m.embed", b"token", b"rerank", b"alice", b"a digest"])
+    known = read_summary([b"embed", b"stoker.m.embed", b"token", b"rerank", b"alice", b"a digest", b"2.5"])
     assert (known.kind, known.queue, known.owned, known.ability) == ("embed", "stoker.m.embed", True, "rerank")
-    assert (known.client, known.asked) == ("alice", "a digest")
-    plain = read_summary([b"embed", b"q", *[None] * 4])
+    assert (known.client, known.asked, known.deadline) == ("alice", "a digest", 2.5)
+    plain = read_summary([b"embed", b"q", *[None] * 5])
     assert (plain.owned, plain.ability) == (False, "embed")
-    assert read_summary([None] * 6).kind is None
+    assert read_summary([None] * 7).kind is None
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from stoker.celery_config import shared_config
 from stoker.contract import ModelCard
 from stoker.settings import Settings
 from tests.workers.test_presence import Others, heart
-from workers import clock
+from workers import clock, run_sweep
 from workers.celery import transport
 from workers.celery.transport import WorkerConnection
 from workers.deliveries import Deliveries
@@ -75,6 +75,30 @@ def sweep(qos: Any) -> None:
     cycle.add(qos.channel)
     qos.channel._active_queues.append(QUEUE)
     cycle.maybe_restore_messages()
+
+
+def test_what_goes_for_its_age_goes_by_the_clock_that_is_behind(redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    brokers = clock.now(redis)
+    for offset in OFFSETS:
+        monkeypatch.setattr(time, "time", lambda offset=offset: brokers + offset)
+        assert abs(clock.behind(redis) - (brokers + min(0.0, offset))) < 10
+
+
+def test_a_clock_that_has_leapt_ahead_makes_no_checkpoint_of_another_brokers_run_old(
+    redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brokers, year = clock.now(redis), 365 * 24 * 3600.0
+    runtime: Any = SimpleNamespace(settings=Settings(), redis=redis)
+    asked: list[float] = []
+
+    def sweep(settings: Settings, redis: Any, now: float) -> list[str]:
+        asked.append(now)
+        return []
+
+    monkeypatch.setattr(run_sweep, "sweep", sweep)
+    monkeypatch.setattr(time, "time", lambda: brokers + 10 * year)
+    run_sweep.round_of(runtime)
+    assert abs(asked[0] - brokers) < 60
 
 
 @pytest.mark.parametrize("off", OFFSETS)

@@ -548,6 +548,9 @@ def ask(worker: Worker, verb: str, model: str) -> ModelReport:
 def test_a_command_is_followed_and_answered(worker: Worker) -> None:
     report = ask(worker, "load", "c=/c")
     assert (report.phase, report.made_way, report.worker) == ("done", ("a",), "w@here/1")
+    assert not report.was_warm
+    again = ask(worker, "load", "c=/c")
+    assert (again.phase, again.was_warm) == ("done", True), "its files were not read anew"
     assert ask(worker, "pin", "c").phase == "done"
     assert ask(worker, "unload", "c").error == "InvalidRequest"
     assert ask(worker, "unpin", "c").phase == "done"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,8 @@ def test_what_went_is_in_the_log_with_its_reason_and_its_megabytes(
         return gone
 
     monkeypatch.setattr(housekeeping, "remove_over_limits", remove)
-    monkeypatch.setattr(time, "time", lambda: 7.0)
     with caplog.at_level("INFO"):
-        Housekeeping(Settings(), lambda run: False).round()
+        Housekeeping(Settings(), lambda run: False, lambda: 7.0).round()
     assert moments == [7.0]
     assert caplog.messages == ["/runs/a: removed (a run beyond what is kept), 3.0 MB"]
 

@@ -25,7 +25,7 @@ from stoker.local.keeping import sent_again
 from stoker.logs.redaction import Redactor, secrets_of
 from stoker.logs.setup import configure
 from stoker.settings import Settings
-from workers import run_sweep, unloaded
+from workers import clock, run_sweep, unloaded
 from workers.artifacts import Artifacts
 from workers.capacity import queues_of
 from workers.celery import control
@@ -139,7 +139,7 @@ class EngineStep(bootsteps.StartStopStep):
 
     def _tidy(self, running: Runtime) -> None:
         """Give back disk and memory that nothing needs."""
-        kept = Housekeeping(self._context.settings, sent_again(running.redis))
+        kept = Housekeeping(self._context.settings, sent_again(running.redis), partial(clock.behind, running.redis))
         sweeps = (partial(run_sweep.round_of, running), partial(unloaded.round_of, running))
         _repeat(running, "housekeeping", kept.round, *sweeps, every=EVERY)
         rest = resting.Resting.in_this_process(self._context.lanes)

@@ -53,6 +53,7 @@ class ModelCommands:
         self._report(command, "begun")
         began = time.monotonic()
         try:
+            was_warm = self._is_warm(command)
             made_way = self._follow(command)
         except RedisError as error:
             self._report(command, "failed", error=InvalidRequest(f"the broker broke it off: {error}"))
@@ -63,7 +64,7 @@ class ModelCommands:
             log.warning("%s %s: %s", command.verb, command.model, error)
             self._report(command, "failed", seconds=time.monotonic() - began, error=to_wire(error))
         else:
-            self._report(command, "done", seconds=time.monotonic() - began, made_way=made_way)
+            self._report(command, "done", seconds=time.monotonic() - began, made_way=made_way, was_warm=was_warm)
 
     def _follow(self, command: ModelCommand) -> tuple[str, ...]:
         keeper = self._keeper
@@ -76,6 +77,10 @@ class ModelCommands:
             keeper.pin(command.model, on=command.verb == "pin")
         return ()
 
+    def _is_warm(self, command: ModelCommand) -> bool:
+        """Whether a model that is to be loaded is here."""
+        return command.verb == "load" and self._keeper.residents.get(self._named(command.model)[0]) is not None
+
     def _named(self, model: str) -> tuple[str, Sources]:
         sources = self._known.get(model) or self._keeper.may_load.get(model)
         return (model, sources) if sources else parse_model(model)
@@ -87,6 +92,7 @@ class ModelCommands:
         *,
         seconds: float = 0.0,
         made_way: tuple[str, ...] = (),
+        was_warm: bool = False,
         error: StokerError | None = None,
     ) -> None:
         report = ModelReport(
@@ -97,6 +103,7 @@ class ModelCommands:
             phase=phase,
             seconds=round(seconds, 3),
             made_way=made_way,
+            was_warm=was_warm,
             memory_bytes=self._runtime.engine.memory_bytes,
             error=_name(error) if error else "",
             message=str(error or ""),

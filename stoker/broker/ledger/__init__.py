@@ -8,8 +8,8 @@ another worker finds its token replaced: it is fenced, and must leave no trace.
 
 `record.py` says what the record holds and how it is read; `replies.py` says what the scripts answer.
 
-`submission` and `cancellation` are calls that a blocking or an asyncio client sends; every other function takes a
-blocking client.
+`submission`, `cancellation` and `lateness` are calls that a blocking or an asyncio client sends; every other function
+takes a blocking client.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from stoker.broker.ledger.transitions import TRANSITIONS
 from stoker.broker.ledger.vectors import VECTOR_BYTES
 from stoker.contract.kinds import READY, of_queue
 from stoker.contract.requests import LOWEST_PRIORITY
+from stoker.errors import DeadlineExceeded
 
 #: Owners that a job may crash before it is dead-lettered.
 MAX_CRASHES = 3
@@ -157,6 +158,13 @@ def cancel(redis: Any, job_id: str, queue: str) -> str:
 def refuse(redis: Any, job_id: str, queue: str, ending: Ending) -> bool:
     """End a job that waits, because nobody will run it. False for one that has an owner, or is not known."""
     return _call(TRANSITIONS.refuse, bool, job_id, queue, ending.text()).on(redis)
+
+
+def lateness(job_id: str, queue: str, deadline: float) -> Call[bool]:
+    """End a job that waits still `deadline` seconds after its submission, with `DeadlineExceeded`. False for one that
+    has time left, or an owner, or is not known."""
+    error = DeadlineExceeded(f"job {job_id}: no worker took it, and it is past its deadline of {deadline:g} s.")
+    return _call(TRANSITIONS.refuse, bool, job_id, queue, failure(job_id, error).text(), repr(deadline))
 
 
 def recover(redis: Any, queue: str, older_than: float) -> tuple[str, ...]:

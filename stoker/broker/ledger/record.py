@@ -38,6 +38,8 @@ class Field(StrEnum):
     ABILITY = "ability"
     #: A digest of what the client's own client asked for; only where that may ask again under the same id.
     ASKED = "asked"
+    #: Seconds from the submission after which nobody wants it any more; only where the client says so.
+    DEADLINE = "deadline"
     #: The trace that the job belongs to, in the form of W3C's Trace Context; only of a client that traces.
     TRACEPARENT = "traceparent"
     TRACESTATE = "tracestate"
@@ -92,6 +94,7 @@ class NewJob(Mapping[str, str]):
     size: str = ""
     ability: str = ""
     asked: str = ""
+    deadline: str = ""
     traceparent: str = ""
     tracestate: str = ""
 
@@ -124,7 +127,7 @@ def addressed(new: Mapping[str, str]) -> tuple[str, str]:
 class Summary:
     """What there is to know of a job that may have ended. `kind` is None for one that the broker does not know.
     `ability`: what its model must be able to do; the kind's name in most cases. `client`: who has sent it; `asked`: a
-    digest of what it was asked for."""
+    digest of what it was asked for; `deadline`: seconds from its submission."""
 
     kind: str | None
     queue: str | None
@@ -132,6 +135,7 @@ class Summary:
     ability: str | None
     client: str | None = None
     asked: str | None = None
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -189,13 +193,24 @@ def _crashes(history: str | None) -> int:
 
 
 def summary(job_id: str) -> Call[Summary]:
-    return _read(job_id, _summary, Field.KIND, Field.QUEUE, Field.TOKEN, Field.ABILITY, Field.CLIENT, Field.ASKED)
+    names = (Field.CLIENT, Field.ASKED, Field.DEADLINE)
+    return _read(job_id, _summary, Field.KIND, Field.QUEUE, Field.TOKEN, Field.ABILITY, *names)
 
 
 def _summary(values: list[bytes | None]) -> Summary:
-    kind, queue, token, ability, client, asked = values
+    kind, queue, token, ability, client, asked, deadline = values
     able = _text(kind if ability is None else ability)
-    return Summary(_text(kind), _text(queue), token is not None, able, _text(client), _text(asked))
+    said = (_text(client), _text(asked), _seconds(deadline))
+    return Summary(_text(kind), _text(queue), token is not None, able, *said)
+
+
+def _seconds(value: bytes | None) -> float | None:
+    """None where none are said, and for what no client wrote."""
+    try:
+        seconds = float(_text(value) or "")
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < float("inf") else None
 
 
 def listed(job_id: str) -> Call[Listed | None]:

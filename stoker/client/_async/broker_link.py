@@ -179,6 +179,9 @@ class AsyncBrokerLink:
             entries = follower.looked(await follower.ask(self._redis.pipeline()).execute())
             if follower.asks_why():
                 await self._say_who_is_missing(follower.job_id)
+            if (late := follower.lateness()) is not None:
+                # Its end comes as any other's: as a message.
+                await ledger.lateness(follower.job_id, late.queue, late.deadline).on_async(self._redis)
         return entries
 
     async def _say_who_is_missing(self, job_id: str) -> None:

@@ -180,6 +180,9 @@ class BrokerLink:
             entries = follower.looked(follower.ask(self._redis.pipeline()).execute())
             if follower.asks_why():
                 self._say_who_is_missing(follower.job_id)
+            if (late := follower.lateness()) is not None:
+                # Its end comes as any other's: as a message.
+                ledger.lateness(follower.job_id, late.queue, late.deadline).on(self._redis)
         return entries
 
     def _say_who_is_missing(self, job_id: str) -> None:

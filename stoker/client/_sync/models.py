@@ -29,7 +29,8 @@ class Models:
 
     def load(self, model: str, *, worker: str | None = None, timeout: float | None = None) -> ModelReport:
         """Make a model warm: a name that the worker's settings or the catalogue have, a path on the worker's machine,
-        another source, or NAME=SOURCE. The report says which models made way. Raises `ModelError` for one that cannot
+        another source, or NAME=SOURCE. The report says which models made way. One that is warm stays as its files
+        were when it was loaded: unload it first where they have changed. Raises `ModelError` for one that cannot
         be loaded, or has no room; then all is as it was."""
         return self._command("load", model, worker, timeout)
 
