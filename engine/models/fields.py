@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 _LARGEST = 1 << 31
@@ -27,13 +28,7 @@ class Kind:
     def check(self, value: object, name: str, where: str) -> None:
         """Raise `ModelError` for a value of the field `name` that is not of this kind."""
         if not self.holds(value):
-            raise ModelError(f"{where}: {name} is {short(value)}, not {self.words}")
-
-
-def short(value: object) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "…"
+            raise ModelError(f"{where}: {name} is {as_json(value)}, not {self.words}")
 
 
 def _number(value: object) -> bool:
@@ -102,7 +97,9 @@ def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
         value = config.get(original)
         check_kind(value, name, "config.json", original)
         if value is not None and found.setdefault(name, value) != value:
-            raise ModelError(f"config.json: {original} is {value!r}, and {name}, which is the same, {found[name]!r}")
+            raise ModelError(
+                f"config.json: {original} is {as_json(value)}, and {name}, which is the same, {as_json(found[name])}"
+            )
     return found
 
 
@@ -137,10 +134,12 @@ class Fields:
         """Refuse any value except `allowed`; absent and null count as allowed."""
         value = self._values.get(name)
         if not among(value, (None, allowed)):
-            raise ModelError(f"{self._where}: {name} = {value!r} is not supported; only {allowed!r} is")
+            raise ModelError(f"{self._where}: {name} = {as_json(value)} is not supported; only {as_json(allowed)} is")
 
     def _of(self, kind: Kind, name: str, default: object) -> Any:
         value = self._values.get(name)
         value = default if value is None else value
+        if value is None and name not in self._values:
+            raise ModelError(f"{self._where}: {name} is missing; {kind.words} is needed")
         kind.check(value, name, self._where)
         return value

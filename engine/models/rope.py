@@ -13,6 +13,7 @@ import numpy as np
 from engine.models.allowed import Table
 from engine.models.fields import Fields
 from engine.platform.compiler import on_cpu
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 
@@ -86,7 +87,7 @@ def from_config(config: Mapping[str, Any], context: int, head_dim: int) -> tuple
 def _type(value: Mapping[str, Any], where: str) -> str:
     kind = value.get("rope_type", value.get("type", "default"))
     if not isinstance(kind, str) or kind not in _TYPES:
-        raise ModelError(f"{where} of type {kind!r} is not supported; {', '.join(_TYPES)} are")
+        raise ModelError(f"{where} of type {as_json(kind)} is not supported; {', '.join(_TYPES)} are")
     return kind
 
 
@@ -115,7 +116,7 @@ def _scaling(where: str, value: Mapping[str, Any], context: int, base: float, he
 def _yarn(fields: Fields, value: Mapping[str, Any], original: int, context: int, base: float, head_dim: int) -> Yarn:
     factor = fields.number("factor", context / original)
     if base <= 1.0:
-        raise ModelError(f"config.json: rope_theta {base} is too small for rope of type 'yarn'; it must be above 1")
+        raise ModelError(f"config.json: rope_theta {base} is too small for rope of type yarn; it must be above 1")
 
     def turns_at(turns: float) -> float:
         """The pair, counted in halves, that turns so often within the original context."""

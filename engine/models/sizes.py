@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.models import allowed, rope
 from engine.models.fields import Fields
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 
@@ -42,7 +43,7 @@ def layers_of(config: Mapping[str, Any], kind: str, layers: int) -> None:
     """Refuse `layer_types` that are not all of this kind."""
     if config.get("layer_types") not in (None, [kind] * min(layers, 1 << 16)):
         raise ModelError(
-            f"config.json: layer_types {str(config['layer_types'])[:100]} are not supported; only {layers} times "
+            f"config.json: layer_types {as_json(config['layer_types'])} are not supported; only {layers} times "
             f"{kind} are"
         )
 

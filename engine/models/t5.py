@@ -19,6 +19,7 @@ from engine.models.fastmath import approximate_gelu, gelu
 from engine.models.fields import Fields, renamed
 from engine.models.layers import Embedding, Linear, RMSNorm
 from engine.weights.tensors import Tensors
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: Other names of its fields.
@@ -71,7 +72,7 @@ class T5Args:
         form = "relu" if form is None else form
         if not isinstance(form, str) or form not in _FORMS:
             raise ModelError(
-                f"config.json: feed_forward_proj = {str(form)[:100]!r} is not supported; {', '.join(_FORMS)} are"
+                f"config.json: feed_forward_proj = {as_json(form)} is not supported; {', '.join(_FORMS)} are"
             )
         gated, activation = _FORMS[form]
         fields.only("is_gated_act", gated)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 from stoker.files.durable import write_whole
 
@@ -35,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = _with_floats(read_object(folder / "config.json"))
     architecture = config.get("model_type")
     if not isinstance(architecture, str | None):
-        raise ModelError(f"{folder / 'config.json'}: model_type is {str(architecture)[:100]}, not a text")
+        raise ModelError(f"{folder / 'config.json'}: model_type is {as_json(architecture)}, not a text")
     return config
 
 

@@ -195,7 +195,7 @@ def test_a_stated_window_that_is_switched_off_means_nothing() -> None:
      ("qwen2-tied", {"use_sliding_window": True, "sliding_window": 8, "layer_types": None, "max_window_layers": "1"},
       "max_window_layers"),
      ("qwen2-tied", {"dual_chunk_attention_config": {"chunk_size": 1}}, "dual_chunk_attention_config"),
-     ("qwen2-tied", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
+     ("qwen2-tied", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, '"longrope"'),
      ("qwen2-tied", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
      ("qwen3", {"attention_bias": True}, "attention_bias"),
      ("qwen3", {"num_experts": 128}, "num_experts"),

@@ -227,7 +227,7 @@ def test_what_a_model_file_passes_over_is_refused_by_name(name: str, fields: dic
 @pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
 def test_a_gemma_2_without_a_soft_cap_is_refused_by_its_name(name: str) -> None:
     """transformers takes null for none; mlx-lm's file divides by it."""
-    with pytest.raises(ModelError, match=f"{name} = None is not supported"):
+    with pytest.raises(ModelError, match=f"{name} = null is not supported"):
         weights.network_of(described("gemma2", **{name: None}), "gemma2")
 
 
@@ -393,7 +393,7 @@ def test_experts_of_a_jamba_count_by_their_share_of_all_experts() -> None:
         ("bailing_moe_linear", {"group_norm_size": -1}, "group_norm_size = -1"),
         ("dots1", {"n_group": 0}, "n_group = 0"),
         ("longcat_flash", {"n_routed_experts": 0}, "n_routed_experts = 0"),
-        ("bailing_moe", {"num_experts_per_tok": True}, "num_experts_per_tok = True: a whole number is needed"),
+        ("bailing_moe", {"num_experts_per_tok": True}, "num_experts_per_tok = true: a whole number is needed"),
         ("llama", {"num_hidden_layers": 1 << 40}, "num_hidden_layers = 1099511627776"),
         ("nanbeige", {"num_loops": 10**9}, "num_loops = 1000000000"),
     ],
@@ -411,7 +411,7 @@ def test_a_size_of_the_part_that_writes_is_refused_by_its_name(size: object) -> 
     """Where it stands in an object of its own, no file says what is a number."""
     text = {**config("gemma3")["text_config"], "hidden_size": size}
     with pytest.raises(
-        ModelError, match=rf"config\.json: hidden_size = {re.escape(repr(size))}: a whole number is needed$"
+        ModelError, match=rf"config\.json: hidden_size = {re.escape(json.dumps(size))}: a whole number is needed$"
     ):
         weights.network_of(described("gemma3", text_config=text), "gemma3")
 

@@ -15,6 +15,7 @@ from engine.models.allowed import MISTRAL_WINDOW
 from engine.models.bridge import counts, package
 from engine.models.bridge.spelling import PARTS, read_names
 from engine.models.fields import Fields, check_kind
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 _SILU = ("silu", "swish")
@@ -75,7 +76,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(inner, Mapping):
         return config
     if not isinstance(inner.get("model_type"), str | type(None)):
-        raise ModelError(f"config.json: text_config: model_type = {inner['model_type']!r}: a text is needed")
+        raise ModelError(f"config.json: text_config: model_type = {as_json(inner['model_type'])}: a text is needed")
     return {**config, **inner}
 
 
@@ -84,12 +85,12 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
     for name in _CODE:
         if config.get(name):
             raise ModelError(
-                f"config.json: {name} = {config[name]!r} is code of the checkpoint's own, which never runs"
+                f"config.json: {name} = {as_json(config[name])} is code of the checkpoint's own, which never runs"
             )
     text = text_config(config)
     if text.get("use_bidirectional_attention") is True:
         raise ModelError(
-            "config.json: use_bidirectional_attention = True is not supported for a model that generates: such a one "
+            "config.json: use_bidirectional_attention = true is not supported for a model that generates: such a one "
             "embeds, by its modules.json, which is missing"
         )
     counts.check(text, file, args_class)
@@ -98,16 +99,17 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
     for name, computed in _FIXED.get(file, {}).items():
         if text.get(name) not in (None, computed):
             raise ModelError(
-                f"config.json: {name} = {text[name]!r} is not supported: mlx-lm computes {computed!r} for this one"
+                f"config.json: {name} = {as_json(text[name])} is not supported: mlx-lm computes "
+                f"{as_json(computed)} for this one"
             )
     for name in _NUMBERS.get(file, ()):
         if name in text and text[name] is None:
-            raise ModelError(f"config.json: {name} = None is not supported: mlx-lm's file needs a number there")
+            raise ModelError(f"config.json: {name} = null is not supported: mlx-lm's file needs a number there")
     rotated = text.get("partial_rotary_factor")
     if rotated not in (None, 1.0) and not (nested or known & PARTS):
         raise ModelError(
-            f"config.json: partial_rotary_factor = {rotated!r} is not supported: mlx-lm rotates all of a head for this "
-            "architecture"
+            f"config.json: partial_rotary_factor = {as_json(rotated)} is not supported: mlx-lm rotates all of a head "
+            "for this architecture"
         )
     if file != "exaone4":  # its pattern was made of the list (`spelling.py`)
         _check_layer_types(text, known, args_class)
@@ -130,10 +132,14 @@ def _check_layer_types(text: Mapping[str, Any], known: frozenset[str], args_clas
     if "sliding_window_pattern" not in known or "layer_types" in known or not isinstance(types, list):
         return
     if type(pattern) is not int or pattern < 1:
-        raise ModelError(f"config.json: sliding_window_pattern = {pattern!r}: a whole number of at least 1 is needed")
+        raise ModelError(
+            f"config.json: sliding_window_pattern = {as_json(pattern)}: a whole number of at least 1 is needed"
+        )
     counted = [("sliding" if place % pattern else "full") + "_attention" for place in range(1, len(types) + 1)]
     if types != counted:
-        raise ModelError(f"config.json: layer_types = {types} are not supported: mlx-lm has {counted} for this one")
+        raise ModelError(
+            f"config.json: layer_types = {as_json(types)} are not supported: mlx-lm has {as_json(counted)} for this one"
+        )
 
 
 def _check_activation(text: Mapping[str, Any], name: str, file: str, *, taken: bool) -> None:
@@ -141,7 +147,7 @@ def _check_activation(text: Mapping[str, Any], name: str, file: str, *, taken: b
     if value is None or taken or value in allowed:
         return
     raise ModelError(
-        f"config.json: {name} = {value!r} is not supported: mlx-lm computes {' or '.join(allowed)} for this one"
+        f"config.json: {name} = {as_json(value)} is not supported: mlx-lm computes {' or '.join(allowed)} for this one"
     )
 
 
@@ -150,9 +156,9 @@ def _check_rope(value: Mapping[str, Any], where: str, *, taken: bool) -> None:
         check_kind(part, name, where)
     kind = value.get("rope_type", value.get("type", "default"))
     if kind not in _ROPES:
-        raise ModelError(f"{where} of type {kind!r} is not supported; {', '.join(_ROPES)} are")
+        raise ModelError(f"{where} of type {as_json(kind)} is not supported; {', '.join(_ROPES)} are")
     if kind != "default" and not taken:
-        raise ModelError(f"{where} of type {kind!r} is not supported: mlx-lm has none for this architecture")
+        raise ModelError(f"{where} of type {as_json(kind)} is not supported: mlx-lm has none for this architecture")
 
 
 def context_of(config: Mapping[str, Any], args: object, *, attends: bool) -> int:

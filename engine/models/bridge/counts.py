@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from engine.models.fields import AMOUNT, COUNT, FLAG, INDEX, KINDS, NUMBER, short
+from engine.models.fields import AMOUNT, COUNT, FLAG, INDEX, KINDS, NUMBER
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: How the argument of a file is annotated that is a number and nothing else, null aside.
@@ -39,12 +40,12 @@ def check(text: Mapping[str, Any], file: str, args_class: type) -> None:
             least = 1 if _GROUP.search(name) or name in ("num_hidden_layers", *_SOME.get(file, ())) else 0
             if not least <= value <= _MOST:
                 raise ModelError(
-                    f"config.json: {name} = {value!r}: a whole number from {least:,} to {_MOST:,} is needed"
+                    f"config.json: {name} = {as_json(value)}: a whole number from {least:,} to {_MOST:,} is needed"
                 )
     for name, length in _PLACES.items():
         place, most = text.get(name), text.get(length)
         if type(place) is int and type(most) is int and not 0 <= place < most:
-            raise ModelError(f"config.json: {name} = {place!r}: a whole number from 0 to {most - 1} is needed")
+            raise ModelError(f"config.json: {name} = {as_json(place)}: a whole number from 0 to {most - 1} is needed")
 
 
 def _check_number(name: str, value: object, types: Mapping[str, str]) -> None:
@@ -63,4 +64,4 @@ def _check_number(name: str, value: object, types: Mapping[str, str]) -> None:
     listed = nested and name == "intermediate_size" and isinstance(value, list)
     number = isinstance(value, int if size else int | float) and not isinstance(value, bool) and value == value
     if not number and not listed:
-        raise ModelError(f"config.json: {name} = {short(value)}: a {'whole ' if size else ''}number is needed")
+        raise ModelError(f"config.json: {name} = {as_json(value)}: a {'whole ' if size else ''}number is needed")
