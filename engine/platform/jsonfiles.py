@@ -27,7 +27,7 @@ def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, 
     """The object in `path`; `missing` if there is no such file. Raises `ModelError` that names the file."""
     content = read_json(path, missing)
     if not isinstance(content, dict):
-        raise ModelError(f"{path}: a {type(content).__name__}, not a JSON object")
+        raise ModelError(f"{path}: {as_json(content)}, not a JSON object")
     return content
 
 

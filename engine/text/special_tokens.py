@@ -160,7 +160,7 @@ class _Reader:
 
     def tokens(self, value: object) -> list[Named]:
         if not isinstance(value, list | None):
-            raise ModelError(f"{self._path}: {_EXTRA} is a {type(value).__name__}, not a list of tokens")
+            raise ModelError(f"{self._path}: {_EXTRA} is {as_json(value)}, not a list of tokens")
         return [self.token(token, f"{_EXTRA}[{index}]") for index, token in enumerate(value or ())]
 
     def token(self, value: object, where: str) -> Named:

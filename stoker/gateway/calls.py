@@ -16,7 +16,7 @@ from stoker.client._async.client import AsyncClient
 from stoker.client.asynchronously import Joint, finished
 from stoker.contract import ModelCard
 from stoker.contract.names import Rule, follows
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json, brief
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import Body, parse
 from stoker.gateway.waiting import Waiter, Waiting
@@ -77,11 +77,11 @@ class Call:
         """The base and the adapter of `base`, `base:adapter` or `base:adapter@2`. Raises `Refused`."""
         base, colon, adapter = name.partition(":")
         if not base or (colon and not adapter):
-            message = f"model: {brief(name, 160)} given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION."
+            message = f"model: {as_json(name, 160)} given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION."
             raise Refused(404, message, param="model", code="model_not_found")
         if self.caller.models is not None and base not in self.caller.models:
             allowed = ", ".join(sorted(self.caller.models))
-            message = f"model: {brief(name, 160)} given; this key may use {allowed}."
+            message = f"model: {as_json(name, 160)} given; this key may use {allowed}."
             raise Refused(403, message, param="model", code="model_not_allowed")
         return base, adapter or None
 
@@ -90,10 +90,12 @@ class Call:
         if user is None or user == self.caller.key:
             return self.client
         if self.caller.key is not None:
-            message = f"user: {brief(user)} given; jobs of this key are those of {self.caller.key}. Leave it out."
+            message = f"user: {as_json(user)} given; jobs of this key are those of {self.caller.key}. Leave it out."
             raise Refused(403, message, param="user", code="invalid_value")
         if not follows(Rule.NAME, user):
-            message = f"user: {brief(user)} given; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
+            message = (
+                f"user: {as_json(user)} given; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
+            )
             raise Refused(400, message, param="user", code="invalid_value")
         return self.client.with_key(user)
 

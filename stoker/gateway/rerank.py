@@ -13,7 +13,7 @@ from stoker.broker.outcome import vectors_reply
 from stoker.client._async.jobs import AsyncRerankJob
 from stoker.client.options import RerankOptions
 from stoker.contract import RerankResult
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
 from stoker.gateway.calls import Call, check_owner, parsed
@@ -28,11 +28,11 @@ PRIORITY = 5
 def _texts(value: Any) -> Any:
     """Texts, or objects that each have one."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{brief(value)} given; expected a list of texts")
+        raise ValueError(f"{as_json(value)} given; expected a list of texts")
     for index, item in enumerate(value):
         text = item.get("text") if isinstance(item, dict) and set(item) == {"text"} else item
         if not isinstance(text, str):
-            raise ValueError(f'item {index} is {brief(item)}; expected a text, or an object {{"text": …}}')
+            raise ValueError(f'item {index} is {as_json(item)}; expected a text, or an object {{"text": …}}')
     return [item["text"] if isinstance(item, dict) else item for item in value]
 
 
@@ -70,7 +70,7 @@ async def answered(call: Call) -> Response:
     call, body = parsed(call, RerankBody)
     model, adapter = call.model(body.model)
     if adapter is not None:
-        message = f"model: {brief(body.model, 160)} given; rerankers have no adapters. Name the base alone."
+        message = f"model: {as_json(body.model, 160)} given; rerankers have no adapters. Name the base alone."
         raise Refused(404, message, param="model", code="model_not_found")
     if call.named.resumed:
         raise Refused(400, "Last-Event-ID: given for reranking, which has no stream; leave it out.")

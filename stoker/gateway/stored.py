@@ -12,7 +12,7 @@ from stoker.broker.connection import translated
 from stoker.broker.stored_files import FileRecord, Span, StoredFiles, is_id
 from stoker.client._async.client import AsyncClient
 from stoker.client.asynchronously import in_thread
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.files.contents import PART, Contents, contents_of, there_are
 from stoker.gateway.errors import Refused
 
@@ -52,7 +52,7 @@ class Store:
         with translated(self._client.settings):
             record = await self.records.find(file_id, owner)
         if record is None:
-            message = f"file: {brief(file_id, 80)} given; there is no file of that id. GET /v1/files lists yours."
+            message = f"file: {as_json(file_id, 80)} given; there is no file of that id. GET /v1/files lists yours."
             raise Refused(404, message, param="id", code="file_not_found")
         return record
 

@@ -75,7 +75,7 @@ def test_the_templates_file_of_processors_counts_where_there_is_no_other(tmp_pat
         ("tokenizer_config.json", {"added_tokens_decoder": {"330": {}}}, r"added_tokens_decoder\[330\] is \{\}"),
         ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, not a token's text or object"),
         ("tokenizer_config.json", {"eos_token": ""}, 'eos_token is "", not a token\'s text'),
-        ("tokenizer_config.json", {"extra_special_tokens": "<a>"}, "extra_special_tokens is a str, not a list"),
+        ("tokenizer_config.json", {"extra_special_tokens": "<a>"}, 'extra_special_tokens is "<a>", not a list'),
         ("tokenizer_config.json", {"additional_special_tokens": [7]}, r"extra_special_tokens\[0\] is 7"),
         ("tokenizer_config.json", {"truncation_side": "middle"}, 'truncation_side is "middle"; "left" and "right"'),
         ("tokenizer_config.json", {"padding_side": "top"}, 'padding_side is "top"; "left" and "right"'),
