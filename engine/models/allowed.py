@@ -156,6 +156,10 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
         "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
         "hidden_dim": "intermediate_size",
     },
+    "t5": {
+        "d_model": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+        "d_kv": "head_dim",
+    },
 }  # fmt: skip
 
 #: `model_type` -> its table.

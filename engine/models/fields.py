@@ -103,11 +103,28 @@ def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
     return found
 
 
-class Fields:
-    """A view of `values` (parsed JSON or GGUF metadata); `where` is what messages call it."""
+def spelled(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """What `config` calls the fields that `names` gives usual names, by these. One that is not there is called as the
+    architecture does, unless the file has usual names alone."""
+    usual = any(config.get(name) is not None for name in names.values())
+    usual = usual and all(config.get(own) is None for own in names)
+    return {
+        name: own
+        for own, name in names.items()
+        if config.get(own) is not None or (config.get(name) is None and not usual)
+    }
 
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self._values, self._where = values, where
+
+class Fields:
+    """A view of `values` (parsed JSON or GGUF metadata); `where` is what messages call it. `names`: of a field what
+    messages call it, where that is another name (`spelled`)."""
+
+    def __init__(self, values: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None):
+        self._values, self._where, self._names = values, where, names or {}
+
+    def called(self, name: str) -> str:
+        """What messages call a field."""
+        return self._names.get(name, name)
 
     def count(self, name: str, default: int | None = None) -> int:
         """A positive integer."""
@@ -134,12 +151,14 @@ class Fields:
         """Refuse any value except `allowed`; absent and null count as allowed."""
         value = self._values.get(name)
         if not among(value, (None, allowed)):
-            raise ModelError(f"{self._where}: {name} = {as_json(value)} is not supported; only {as_json(allowed)} is")
+            raise ModelError(
+                f"{self._where}: {self.called(name)} = {as_json(value)} is not supported; only {as_json(allowed)} is"
+            )
 
     def _of(self, kind: Kind, name: str, default: object) -> Any:
         value = self._values.get(name)
         value = default if value is None else value
         if value is None and name not in self._values:
-            raise ModelError(f"{self._where}: {name} is missing; {kind.words} is needed")
-        kind.check(value, name, self._where)
+            raise ModelError(f"{self._where}: {self.called(name)} is missing; {kind.words} is needed")
+        kind.check(value, self.called(name), self._where)
         return value

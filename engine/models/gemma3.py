@@ -67,7 +67,10 @@ class Gemma3Args:
         )
         head_dim = fields.count("head_dim", 256)
         if heads % kv_heads or head_dim % 2:
-            raise ModelError(f"config.json: {heads} heads over {kv_heads} of keys, of {head_dim} numbers, do not fit")
+            raise ModelError(
+                f"config.json: num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim {head_dim}: "
+                "the first must be a multiple of the second, and the last even"
+            )
         return cls(
             layers=layers,
             dim=fields.count("hidden_size"),

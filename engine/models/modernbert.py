@@ -18,7 +18,7 @@ from engine.models.encoder import Group, LayerNormed, join, split, unseen
 from engine.models.fastmath import gelu
 from engine.models.fields import Fields
 from engine.models.layers import Embedding, LayerNorm, Linear
-from engine.models.rope import Rope, check_heads
+from engine.models.rope import Rope, head_sizes
 from engine.weights.tensors import Tensors
 from stoker.contract.shown import as_json
 from stoker.errors import ModelError
@@ -53,20 +53,17 @@ class ModernBertArgs:
     windowed: tuple[bool, ...]
     bases: tuple[float, float]
 
-    def __post_init__(self) -> None:
-        check_heads(self.dim, self.heads)
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModernBertArgs:
         """From Hugging Face's config.json. Raises `ModelError` naming a field that is absent or not supported."""
         TABLES["modernbert"].check(config, "config.json")
         fields = Fields(config, "config.json")
-        layers = fields.count("num_hidden_layers")
+        layers, (dim, heads) = fields.count("num_hidden_layers"), head_sizes(fields)
         return cls(
             layers=layers,
-            dim=fields.count("hidden_size"),
+            dim=dim,
             hidden=fields.count("intermediate_size"),
-            heads=fields.count("num_attention_heads"),
+            heads=heads,
             vocab=fields.count("vocab_size"),
             context=fields.count("max_position_embeddings", CONTEXT["modernbert"]),
             norm_eps=fields.number("norm_eps", 1e-5),

@@ -220,7 +220,13 @@ def periods(head_dim: int, base: float, scaling: Scaling) -> np.ndarray:
     return periods / (kept + (1.0 - kept) / scaling.factor)
 
 
-def check_heads(dim: int, heads: int) -> None:
-    """Raises `ModelError` for heads whose numbers do not pair: rotation turns two at a time."""
+def head_sizes(fields: Fields) -> tuple[int, int]:
+    """(numbers of a hidden state, heads) of a config.json. Raises `ModelError` for heads whose numbers do not pair:
+    rotation turns two at a time."""
+    dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     if dim % heads or dim // heads % 2:
-        raise ModelError(f"config.json: hidden_size {dim} over {heads} heads: a head's size must be whole and even")
+        raise ModelError(
+            f"config.json: {fields.called('hidden_size')} is {dim}, and {fields.called('num_attention_heads')} {heads}"
+            ": a head's size must be whole and even"
+        )
+    return dim, heads

@@ -210,7 +210,7 @@ def test_the_buckets_of_distances_are_t5s(count: int, farthest: int) -> None:
     [("distilbert", {"activation": "relu"}, 'activation = "relu" is not supported; only "gelu" or "gelu_python" is'),
      ("distilbert", {"layer_norm_eps": 1e-5}, "layer_norm_eps = 1e-05"),
      ("distilbert", {"hidden_size": 64}, "dim is 32, and hidden_size, which is the same, 64"),
-     ("distilbert", {"n_heads": 5}, "hidden_size 32 is no multiple of 5 heads"),
+     ("distilbert", {"n_heads": 5}, "config.json: dim is 32, which is no multiple of n_heads, 5"),
      ("distilbert", {"n_groups": 2}, "the field n_groups = 2"),
      ("camembert", {"hidden_act": "relu"}, 'hidden_act = "relu"'),
      ("camembert", {"position_embedding_type": "relative_key"}, 'position_embedding_type = "relative_key"'),
@@ -250,7 +250,7 @@ def test_the_buckets_of_distances_are_t5s(count: int, farthest: int) -> None:
      ("t5", {"relative_attention_max_distance": 2}, "relative_attention_num_buckets is 8"),
      ("t5", {"is_decoder": True}, "is_decoder = true"),
      ("t5", {"num_experts": 8}, "the field num_experts = 8"),
-     ("t5", {"hidden_size": 32}, "hidden_size is 32, and d_model, which is the same, 24"),
+     ("t5", {"hidden_size": 32}, "d_model is 24, and hidden_size, which is the same, 32"),
      ("t5", {"d_kv": 16}, r"has shape \(32, 24\), not \(64, 24\)")],
 )  # fmt: skip
 def test_what_a_config_asks_for_in_vain_is_refused_by_name(

@@ -270,7 +270,7 @@ def test_a_layer_behind_the_pooling_that_holds_no_numbers_is_found(tmp_path: Pat
      ("embeddinggemma", {"layer_types": ["full_attention"] * 4}, "layer_types .* is not a list of 7 times"),
      ("embeddinggemma", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters .* is not supported"),
      ("embeddinggemma", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, 'rope_type = "yarn"'),
-     ("embeddinggemma", {"num_key_value_heads": 3}, "4 heads over 3 of keys"),
+     ("embeddinggemma", {"num_key_value_heads": 3}, "num_attention_heads is 4, num_key_value_heads 3 and head_dim 16"),
      ("embeddinggemma", {"auto_map": {"AutoModel": "own.Own"}}, "auto_map"),
      ("nomic-bert", {"n_embd": 64}, "n_embd is 64, and hidden_size, which is the same, 32"),
      ("nomic-bert", {"rotary_scaling_factor": 2}, "rotary_scaling_factor = 2 is not supported"),
