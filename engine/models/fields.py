@@ -43,6 +43,7 @@ COUNT = Kind("a positive integer", lambda value: _whole(value) and 0 < value < _
 INDEX = Kind("an integer from 0 on", lambda value: _whole(value) and 0 <= value < _LARGEST)
 NUMBER = Kind("a positive number", lambda value: _number(value) and 0 < value < float("inf"))
 AMOUNT = Kind("a number from 0 on", lambda value: _number(value) and 0 <= value < float("inf"))
+FRACTION = Kind("a number above 0 and up to 1", lambda value: _number(value) and 0 < value <= 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
 
@@ -70,6 +71,7 @@ KINDS: Mapping[str, Kind] = {
         NUMBER,
     ),
     **dict.fromkeys(("mscale", "mscale_all_dim"), AMOUNT),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), FRACTION),
     **dict.fromkeys(
         (
             "tie_word_embeddings", "use_sliding_window", "use_bidirectional_attention", "norm_bias", "attention_bias",

@@ -45,8 +45,6 @@ def correct(network: nn.Module, file: str, config: Mapping[str, Any]) -> None:
 def _turn_a_part(network: nn.Module, text: Mapping[str, Any]) -> None:
     """GLM-4 turns a part of each head, half of it where no field says how much; mlx-lm's file turns all of it."""
     factor = Fields(text, "config.json").number("partial_rotary_factor", 0.5)
-    if factor > 1.0:
-        raise ModelError(f"config.json: partial_rotary_factor = {as_json(factor)}: a head is turned up to 1.0 of it")
     made = {
         path: nn.RoPE(int(old.dims * factor), traditional=old.traditional, base=old.base)
         for path, old in network.named_modules()

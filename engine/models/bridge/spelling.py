@@ -182,7 +182,9 @@ def _with_part(config: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
 def _head_width(config: Mapping[str, Any], fields: Fields) -> int:
     if config.get("head_dim") is not None:
         return fields.count("head_dim")
-    return fields.count("hidden_size") // fields.count("num_attention_heads")
+    sizes = (("hidden_size", "model_dim", "n_embd"), ("num_attention_heads", "num_heads", "n_head"))
+    width, heads = (next((name for name in names if config.get(name) is not None), names[0]) for names in sizes)
+    return fields.count(width) // fields.count(heads)
 
 
 def _under(read: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

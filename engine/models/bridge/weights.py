@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from engine.models.bridge import activations, falcon, package, ropes, routers, scores
-from engine.models.bridge.configs import check, text_config
+from engine.models.bridge.configs import check, check_ropes, text_config
 from engine.models.bridge.linears import dense_weight
 from engine.models.bridge.spelling import OWN_HEAD, read_names, respelled
 from engine.sparing import Pause, no_pause
@@ -61,6 +61,7 @@ def _is_odd(value: object) -> bool:
 def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
     """(mlx-lm's network with random weights, its arguments). Raises `ModelError`."""
     module = package.load(file)
+    check_ropes(config)
     config = spelled(config, file)
     check(config, file, module.ModelArgs)
     try:
