@@ -87,7 +87,8 @@ def from_config(config: Mapping[str, Any], context: int, head_dim: int) -> tuple
 def _type(value: Mapping[str, Any], where: str) -> str:
     kind = value.get("rope_type", value.get("type", "default"))
     if not isinstance(kind, str) or kind not in _TYPES:
-        raise ModelError(f"{where} of type {as_json(kind)} is not supported; {', '.join(_TYPES)} are")
+        named = "rope_type" if "rope_type" in value else "type"
+        raise ModelError(f"{where}: {named} = {as_json(kind)} is not supported; {', '.join(_TYPES)} are")
     return kind
 
 

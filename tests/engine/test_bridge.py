@@ -377,7 +377,7 @@ def dtypes(network: nn.Module) -> Iterator[tuple[str, mx.Dtype]]:
         ({"model_type": "olmo"}, '"olmo" is not supported: its file needs the package of another project'),
         ({"model_file": "evil.py"}, 'model_file = "evil.py" is code of the checkpoint\'s own, which never runs'),
         ({"hidden_act": "relu"}, 'hidden_act = "relu" is not supported: mlx-lm computes silu'),
-        ({"rope_scaling": {"type": "spiral"}}, 'rope_scaling of type "spiral" is not supported; default'),
+        ({"rope_scaling": {"type": "spiral"}}, 'rope_scaling: type = "spiral" is not supported; default'),
         ({"num_hidden_layers": 5}, "Missing 6 parameters: model.layers.4"),
         ({"num_hidden_layers": "2"}, 'config.json: num_hidden_layers = "2": a positive integer is needed$'),
         ({"hidden_size": True}, "config.json: hidden_size = true: a positive integer is needed$"),

@@ -153,7 +153,7 @@ def test_inspecting_takes_the_same_defaults(tmp_path: Path) -> None:
      ("qwen3", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}, "mrope_section"),
      ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "type": "yarn"}}, "type"),
      ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}}, "rope_theta"),
-     ("qwen3", {"rope_parameters": {"rope_type": ["yarn"]}}, "of type"),
+     ("qwen3", {"rope_parameters": {"rope_type": ["yarn"]}}, r'rope_parameters: rope_type = \["yarn"\] is not'),
      ("llama-llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
       "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}, "low_freq_factor 4.0 must be below"),
      ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -39,9 +39,13 @@ def test_logits_of_every_other_golden_are_those_of_transformers(name: str) -> No
                     "sliding_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
                 }
             },
-            'sliding_attention of type "linear" is not supported',
+            'sliding_attention: rope_type = "linear" is not supported',
         ),
-        ("starcoder2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 'of type "yarn" is not supported'),
+        (
+            "starcoder2",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            'rope_parameters: rope_type = "yarn" is not supported',
+        ),
         (
             "olmo2",
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},

@@ -28,7 +28,7 @@ _SIZES = re.compile(
 _LAYERS = re.compile(r"n_layers?|num(_transformer)?_layers")
 #: Those of which there may be none.
 _COUNTS = re.compile(
-    r"(^|_)(layers|loops|experts?|experts_per_tok(en)?|sliding_window(_size)?|global_key_value_heads|offset|"
+    r"(^|_)(layers|loops|experts?|experts_per_tok(en)?|sliding_window(_size)?|global_key_value_heads|offset|idx|"
     r"(moe|shared_expert)_intermediate_size|per_layer_input|zero_expert_num)$"
 )
 #: Numbers that something is divided by, a root is drawn of, or a power is taken of.

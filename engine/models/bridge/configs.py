@@ -178,10 +178,11 @@ def _ropes(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _check_rope(value: Mapping[str, Any], where: str, *, taken: bool) -> None:
     kind = value.get("rope_type", value.get("type", "default"))
+    named = "rope_type" if "rope_type" in value else "type"
     if kind not in _ROPES:
-        raise ModelError(f"{where} of type {as_json(kind)} is not supported; {', '.join(_ROPES)} are")
+        raise ModelError(f"{where}: {named} = {as_json(kind)} is not supported; {', '.join(_ROPES)} are")
     if kind != "default" and not taken:
-        raise ModelError(f"{where} of type {as_json(kind)} is not supported: mlx-lm has none for this architecture")
+        raise ModelError(f"{where}: {named} = {as_json(kind)} is not supported: mlx-lm has none for this architecture")
 
 
 def context_of(config: Mapping[str, Any], args: object, *, attends: bool) -> int:

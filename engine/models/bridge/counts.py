@@ -33,6 +33,10 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token")
 def check(text: Mapping[str, Any], file: str, args_class: type) -> None:
     """Raise `ModelError` for a value of another kind than its field's, and for one that would end the process or keep
     it busy for ever."""
+    for name, length in _PLACES.items():
+        place, most = text.get(name), text.get(length)
+        if type(place) is int and type(most) is int and not 0 <= place < most:
+            raise _needed(name, place, f"a whole number from 0 to {most - 1}")
     types = types_of(file, args_class)
     for name, value in text.items():
         if type(value) is int and (_COUNT.search(name) or _GROUP.search(name)):
@@ -42,10 +46,6 @@ def check(text: Mapping[str, Any], file: str, args_class: type) -> None:
         kind = kind_of(name, types)
         if value is not None and kind is not None and not kind.holds(value):
             raise _needed(name, value, kind.words)
-    for name, length in _PLACES.items():
-        place, most = text.get(name), text.get(length)
-        if type(place) is int and type(most) is int and not 0 <= place < most:
-            raise _needed(name, place, f"a whole number from 0 to {most - 1}")
     some = any(type(text.get(name)) is int and text[name] > 0 for name in _EXPERTS)
     for name in _CHOSEN:
         if some and name in types and text.get(name) == 0:

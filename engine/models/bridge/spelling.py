@@ -210,6 +210,6 @@ def _check_plain(part: Mapping[str, Any]) -> None:
     kind = part.get("rope_type", "default")
     if kind != "default":
         raise ModelError(
-            f"config.json: rope_parameters: sliding_attention of type {as_json(kind)} is not supported: mlx-lm scales "
-            "the other layers alone"
+            f"config.json: rope_parameters: sliding_attention: rope_type = {as_json(kind)} is not supported: mlx-lm "
+            "scales the other layers alone"
         )
