@@ -12,6 +12,7 @@ from engine.models.allowed import ANYTHING, Table
 from engine.models.bridge.linears import adapter_name
 from engine.platform.jsonfiles import read_object
 from engine.weights import safetensors
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 WEIGHTS_FILE = "adapters.safetensors"
@@ -46,7 +47,7 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
     _TABLE.check(fields, str(path))
     method = fields.get("fine_tune_type", "lora")
     if method not in ("lora", "dora"):
-        raise ModelError(f"{path}: fine_tune_type {method!r}; only 'lora' and 'dora' can be read.")
+        raise ModelError(f"{path}: fine_tune_type {as_json(method)}; only lora and dora can be read.")
     parameters = fields.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise ModelError(f"{path}: no lora_parameters in it.")
@@ -87,9 +88,9 @@ def _numbered(name: str) -> tuple[int, str] | None:
 def _changed(path: Path, count: object, keys: object, layers: Collection[str]) -> set[str]:
     """The layers that mlx-lm changes: the last `count` ones, or all for none, and in them those of `keys`."""
     if count is not None and type(count) is not int:
-        raise ModelError(f"{path}: num_layers {count!r}; expected a number.")
+        raise ModelError(f"{path}: num_layers {as_json(count)}; expected a number.")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
-        raise ModelError(f"{path}: keys {str(keys)[:100]}; expected a list of names.")
+        raise ModelError(f"{path}: keys {as_json(keys)}; expected a list of names.")
     numbered = {name: found for name in layers if (found := _numbered(name)) is not None}
     first = 0
     if isinstance(count, int) and count > 0:

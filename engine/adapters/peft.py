@@ -19,6 +19,7 @@ from engine.models.fields import Fields
 from engine.platform.jsonfiles import read_object, write_json
 from engine.weights import safetensors
 from stoker.contract.requests import MAX_RANK
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: Linear layer's dotted name → its matrices, as a file has them.
@@ -119,19 +120,19 @@ def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
 
 def checked_rank(path: Path, rank: object) -> int:
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-        raise ModelError(f"{path}: rank {rank!r}; allowed: 1 to {MAX_RANK}.")
+        raise ModelError(f"{path}: rank {as_json(rank)}; allowed: 1 to {MAX_RANK}.")
     return rank
 
 
 def checked_number(path: Path, name: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e6:
-        raise ModelError(f"{path}: {name} {value!r}; expected a number above 0.")
+        raise ModelError(f"{path}: {name} {as_json(value)}; expected a number above 0.")
     return float(value)
 
 
 def _config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
     if "peft_type" not in fields:
-        raise ModelError(f"{path}: no peft_type in it; 'LORA' can be read.")
+        raise ModelError(f'{path}: no peft_type in it; "LORA" can be read.')
     _TABLE.check(fields, str(path))
     _check_beginning(path, fields.get("init_lora_weights", True))
     said = Fields(fields, str(path))
@@ -150,9 +151,9 @@ def _check_beginning(path: Path, value: object) -> None:
     if known is None or isinstance(known, bool) or known in _BEGINNINGS:
         return
     raise ModelError(
-        f"{path}: init_lora_weights {value!r} is not supported: with it PEFT changes the base's own weights too. Save "
-        "the adapter as plain LoRA, with PEFT: save_pretrained(FOLDER, path_initial_model_for_weight_conversion=FOLDER "
-        "of the adapter as it began)"
+        f"{path}: init_lora_weights {as_json(value)} is not supported: with it PEFT changes the base's own weights "
+        "too. Save the adapter as plain LoRA, with PEFT: save_pretrained(FOLDER, "
+        "path_initial_model_for_weight_conversion=FOLDER of the adapter as it began)"
     )
 
 

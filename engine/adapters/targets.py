@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.platform.limited import LimitedProcess, LimitPassed
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: What PEFT takes for each architecture here where the file names no targets.
@@ -61,7 +62,7 @@ def _numbers(where: str, fields: Mapping[str, Any]) -> set[int] | None:
         return None
     numbers = value if isinstance(value, list) else [value]
     if not all(type(number) is int for number in numbers):
-        raise ModelError(f"{where}: layers_to_transform {str(value)[:100]} is neither a number nor a list of numbers")
+        raise ModelError(f"{where}: layers_to_transform {as_json(value)} is neither a number nor a list of numbers")
     return set(numbers)
 
 
@@ -79,7 +80,7 @@ def _of_layers(where: str, fields: Mapping[str, Any], keys: Sequence[str], numbe
 
 def _names(where: str, field: str, value: object) -> Sequence[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-        raise ModelError(f"{where}: {field} {str(value)[:100]} is neither a pattern nor a list of names")
+        raise ModelError(f"{where}: {field} {as_json(value)} is neither a pattern nor a list of names")
     return value
 
 
@@ -89,7 +90,7 @@ def _matches(where: str, field: str, pattern: str, keys: Sequence[str], *, begin
         request = {"pattern": pattern, "names": list(keys), "beginning": beginning}
         found = _matcher.ask(request, SECONDS)
     except LimitPassed:
-        raise ModelError(f"{where}: {field} {pattern[:100]!r} takes too long to match; name the layers") from None
+        raise ModelError(f"{where}: {field} {as_json(pattern)} takes too long to match; name the layers") from None
     if "" in found:
-        raise ModelError(f"{where}: {field} {pattern[:100]!r} is no regular expression ({found['']})")
+        raise ModelError(f"{where}: {field} {as_json(pattern)} is no regular expression ({found['']})")
     return found

@@ -14,7 +14,7 @@ from engine.checkpoints.sources import naming
 from engine.checkpoints.stored_forms import FLOATS, mlx_form, stored_forms
 from engine.models import allowed
 from engine.models.bridge import configs, gguf_models, package
-from engine.models.fields import Fields, check_kind, renamed
+from engine.models.fields import Fields, check_kind, renamed, spelled
 from engine.models.rerank_files import RerankFiles
 from engine.models.sentence_files import SentenceFiles, model_folder, pools_decoder
 from engine.platform.jsonfiles import read_config, read_object
@@ -105,13 +105,16 @@ def _folder(path: Path) -> Inspection:
     folder = model_folder(path)
     config = read_config(folder)
     reranks = RerankFiles.of(path, config) is not None
+    names = allowed.RENAMED.get(str(config.get("model_type")), {})
+    called = spelled(config, names)
     if config.get("model_type") not in KINDS:
         config = {**config, **configs.text_config(config), "model_type": config.get("model_type")}
+        called = _names_of(package.file_of(config)) | called
         config = {**config, **_sizes_of_any(config)}
-    config = renamed(config, allowed.RENAMED.get(str(config.get("model_type")), {}))
+    config = renamed(config, names)
     files = safetensors_header.files(folder)
     entries = {name: entry for name, (_, entry) in safetensors_header.entries(folder).items()}
-    fields = Fields(config, str(folder / "config.json"))
+    fields = Fields(config, str(folder / "config.json"), called)
     heads, dim = fields.count("num_attention_heads"), fields.count("hidden_size")
     section, foreign = config.get("quantization") or {}, foreign_sections.read(config)
     dtypes, stored = stored_forms(entries, section if isinstance(section, Mapping) else {}, foreign)
@@ -165,6 +168,7 @@ _NO_CONTEXT = 4096
 _ARGUMENTS = re.compile(
     r"^class ModelArgs\((?:(?P<of>\w+)\.ModelArgs|\w+)\):\n(?P<fields>(?:[ ].*\n|\n)*)", re.MULTILINE
 )
+_ARGUMENT = re.compile(r"^    (\w+):", re.MULTILINE)
 _DEFAULT = re.compile(r"^    (\w+): (?:int|Optional\[int\]) = (\d+)$", re.MULTILINE)
 
 
@@ -199,6 +203,21 @@ def _sizes_of_any(config: Mapping[str, Any]) -> dict[str, Any]:
     if "num_attention_heads" in found and found["num_attention_heads"] is None:
         found["num_attention_heads"] = 1
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _names_of(file: str | None) -> dict[str, str]:
+    """What mlx-lm's model file calls the sizes for which it has a name of its own, by the usual one."""
+    arguments = _arguments_of(file)
+    own = set() if arguments is None else set(_ARGUMENT.findall(arguments["fields"]))
+    found = {name: next((other for other in others if other in own), name) for name, others in _NAMES.items()}
+    return {name: other for name, other in found.items() if name not in own}
+
+
+def _arguments_of(file: str | None) -> re.Match[str] | None:
+    """The class of a model file's arguments, by its text, without MLX."""
+    root = package.folder()
+    text = "" if root is None or file is None else (root / "models" / f"{file}.py").read_text(encoding="utf-8")
+    return _ARGUMENTS.search(text)
 
 
 def kind_of(architecture: str) -> str:
@@ -300,10 +319,8 @@ def _inspection(found: _Found) -> Inspection:
 
 def _usual_context(file: str | None) -> int:
     """What is served of a model whose config.json does not say how long a text may be: what mlx-lm's model file has
-    by default, by its text, without MLX."""
-    root = package.folder()
-    text = "" if root is None or file is None else (root / "models" / f"{file}.py").read_text(encoding="utf-8")
-    arguments = _ARGUMENTS.search(text)
+    by default."""
+    arguments = _arguments_of(file)
     if arguments is not None:
         defaults = dict(_DEFAULT.findall(arguments["fields"]))
         names = ("max_position_embeddings", *_NAMES["max_position_embeddings"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.weights.foreign_sections import Blocks, Packing
 from engine.weights.safetensors_header import FP8
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: dtypes of safetensors that hold weights; the others are codes, positions or masks.
@@ -43,12 +44,12 @@ def _bits(section: Mapping[str, Any], layer: str) -> int:
     own = section.get(layer)
     bits = own.get("bits") if isinstance(own, Mapping) else section.get("bits")
     if not isinstance(bits, int) or not 0 < bits <= 8:
-        raise ModelError(f"config.json: quantization: bits {bits!r} of {layer!r} is not a number from 1 to 8")
+        raise ModelError(f"config.json: quantization: bits {as_json(bits)} of {layer} is not a number from 1 to 8")
     return bits
 
 
 def mlx_form(section: object) -> str:
     """A section of MLX's own, in words. Raises `ModelError` for what is none."""
     if not isinstance(section, Mapping):
-        raise ModelError(f"config.json: quantization {str(section)[:100]!r} is not an object")
+        raise ModelError(f"config.json: quantization {as_json(section)} is not an object")
     return f"{section.get('bits')} bit in groups of {section.get('group_size')} (MLX)"

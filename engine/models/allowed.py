@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.models.fields import KINDS, Kind, among, short
+from engine.models.fields import KINDS, Kind, among
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 
@@ -44,12 +45,12 @@ class Table:
             allowed = self.inert.get(name)
             if allowed is None:
                 raise ModelError(
-                    f"{where}: the field {name} = {short(value)} is not supported: nothing here knows what it asks "
+                    f"{where}: the field {name} = {as_json(value)} is not supported: nothing here knows what it asks "
                     "for. If all is the same without it, remove it"
                 )
             if not isinstance(allowed, Anything) and not among(value, allowed):
-                only = f"; only {' or '.join(map(repr, allowed))} is" if allowed else ""
-                raise ModelError(f"{where}: {name} = {short(value)} is not supported{only}")
+                only = f"; only {' or '.join(map(as_json, allowed))} is" if allowed else ""
+                raise ModelError(f"{where}: {name} = {as_json(value)} is not supported{only}")
 
 
 def _names(text: str) -> Inert:
@@ -154,6 +155,10 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     "distilbert": {
         "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
         "hidden_dim": "intermediate_size",
+    },
+    "t5": {
+        "d_model": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+        "d_kv": "head_dim",
     },
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from engine.models.encoder import Attention, Block, encoder_sizes
 from engine.models.fields import Fields
 from engine.models.layers import LayerNorm, Linear
 from engine.weights.tensors import Tensors
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 _NAMES = NAMES._replace(
@@ -90,16 +91,14 @@ def _terms(config: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(named, str):
         named = [term.strip() for term in named.lower().split("|")]
     if not isinstance(named, list) or not named or not all(term in _TERMS for term in named):
-        raise ModelError(
-            f"config.json: pos_att_type = {str(stated)[:100]!r} is not supported; {' and '.join(_TERMS)} are"
-        )
+        raise ModelError(f"config.json: pos_att_type = {as_json(stated)} is not supported; {' and '.join(_TERMS)} are")
     return tuple(term for term in _TERMS if term in named)
 
 
 def _normed(config: Mapping[str, Any]) -> bool:
     stated = config.get("norm_rel_ebd")
     if stated is not None and stated not in ("none", "layer_norm"):
-        raise ModelError(f"config.json: norm_rel_ebd = {str(stated)[:100]!r} is not supported; none and layer_norm are")
+        raise ModelError(f"config.json: norm_rel_ebd = {as_json(stated)} is not supported; none and layer_norm are")
     return bool(stated == "layer_norm")
 
 

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.models.allowed import RENAMED
 from engine.models.encoder import Block, EncoderArgs, Names, PostNorm, encoder_sizes
-from engine.models.fields import renamed
 from engine.models.layers import Embedding, LayerNorm
 from engine.weights.tensors import Tensors
 
@@ -35,7 +33,7 @@ class DistilBertArgs(EncoderArgs):
     def from_config(cls, config: Mapping[str, Any]) -> DistilBertArgs:
         """From Hugging Face's config.json. Raises `ModelError` naming a field that is absent or not supported."""
         # The reference implementation knows no other epsilon.
-        return cls(**encoder_sizes(renamed(config, RENAMED["distilbert"]), "distilbert"))
+        return cls(**encoder_sizes(config, "distilbert"))
 
 
 class DistilBert(PostNorm):

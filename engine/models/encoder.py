@@ -15,10 +15,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.models.allowed import CONTEXT, TABLES
+from engine.models.allowed import CONTEXT, RENAMED, TABLES
 from engine.models.attention import UNSEEN, attention
 from engine.models.fastmath import gelu
-from engine.models.fields import Fields
+from engine.models.fields import Fields, renamed, spelled
 from engine.models.layers import Embedding, LayerNorm, Linear
 from engine.weights.tensors import Tensors
 from stoker.errors import ModelError
@@ -35,10 +35,6 @@ class EncoderArgs:
     vocab: int
     positions: int
     norm_eps: float
-
-    def __post_init__(self) -> None:
-        if self.dim % self.heads:
-            raise ModelError(f"config.json: hidden_size {self.dim} is no multiple of {self.heads} heads")
 
     @property
     def context(self) -> int:
@@ -59,13 +55,21 @@ class EncoderArgs:
 def encoder_sizes(config: Mapping[str, Any], architecture: str, norm_eps: float = 1e-12) -> dict[str, Any]:
     """The fields of `EncoderArgs` from Hugging Face's config.json; `norm_eps`: where that says none. Raises
     `ModelError` naming the field."""
-    TABLES[architecture].check(config, "config.json")
-    fields = Fields(config, "config.json")
+    names = RENAMED.get(architecture, {})
+    given = renamed(config, names)
+    TABLES[architecture].check(given, "config.json")
+    fields = Fields(given, "config.json", spelled(config, names))
+    dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    if dim % heads:
+        raise ModelError(
+            f"config.json: {fields.called('hidden_size')} is {dim}, which is no multiple of "
+            f"{fields.called('num_attention_heads')}, {heads}"
+        )
     return {
         "layers": fields.count("num_hidden_layers"),
-        "dim": fields.count("hidden_size"),
+        "dim": dim,
         "hidden": fields.count("intermediate_size"),
-        "heads": fields.count("num_attention_heads"),
+        "heads": heads,
         "vocab": fields.count("vocab_size"),
         "positions": fields.count("max_position_embeddings", CONTEXT[architecture]),
         "norm_eps": fields.number("layer_norm_eps", norm_eps),

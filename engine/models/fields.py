@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 _LARGEST = 1 << 31
@@ -27,13 +28,7 @@ class Kind:
     def check(self, value: object, name: str, where: str) -> None:
         """Raise `ModelError` for a value of the field `name` that is not of this kind."""
         if not self.holds(value):
-            raise ModelError(f"{where}: {name} is {short(value)}, not {self.words}")
-
-
-def short(value: object) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "…"
+            raise ModelError(f"{where}: {name} is {as_json(value)}, not {self.words}")
 
 
 def _number(value: object) -> bool:
@@ -48,6 +43,7 @@ COUNT = Kind("a positive integer", lambda value: _whole(value) and 0 < value < _
 INDEX = Kind("an integer from 0 on", lambda value: _whole(value) and 0 <= value < _LARGEST)
 NUMBER = Kind("a positive number", lambda value: _number(value) and 0 < value < float("inf"))
 AMOUNT = Kind("a number from 0 on", lambda value: _number(value) and 0 <= value < float("inf"))
+FRACTION = Kind("a number above 0 and up to 1", lambda value: _number(value) and 0 < value <= 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
 
@@ -75,6 +71,7 @@ KINDS: Mapping[str, Kind] = {
         NUMBER,
     ),
     **dict.fromkeys(("mscale", "mscale_all_dim"), AMOUNT),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), FRACTION),
     **dict.fromkeys(
         (
             "tie_word_embeddings", "use_sliding_window", "use_bidirectional_attention", "norm_bias", "attention_bias",
@@ -102,15 +99,34 @@ def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
         value = config.get(original)
         check_kind(value, name, "config.json", original)
         if value is not None and found.setdefault(name, value) != value:
-            raise ModelError(f"config.json: {original} is {value!r}, and {name}, which is the same, {found[name]!r}")
+            raise ModelError(
+                f"config.json: {original} is {as_json(value)}, and {name}, which is the same, {as_json(found[name])}"
+            )
     return found
 
 
-class Fields:
-    """A view of `values` (parsed JSON or GGUF metadata); `where` is what messages call it."""
+def spelled(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """What `config` calls the fields that `names` gives usual names, by these. One that is not there is called as the
+    architecture does, unless the file has usual names alone."""
+    usual = any(config.get(name) is not None for name in names.values())
+    usual = usual and all(config.get(own) is None for own in names)
+    return {
+        name: own
+        for own, name in names.items()
+        if config.get(own) is not None or (config.get(name) is None and not usual)
+    }
 
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self._values, self._where = values, where
+
+class Fields:
+    """A view of `values` (parsed JSON or GGUF metadata); `where` is what messages call it. `names`: of a field what
+    messages call it, where that is another name (`spelled`)."""
+
+    def __init__(self, values: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None):
+        self._values, self._where, self._names = values, where, names or {}
+
+    def called(self, name: str) -> str:
+        """What messages call a field."""
+        return self._names.get(name, name)
 
     def count(self, name: str, default: int | None = None) -> int:
         """A positive integer."""
@@ -137,10 +153,14 @@ class Fields:
         """Refuse any value except `allowed`; absent and null count as allowed."""
         value = self._values.get(name)
         if not among(value, (None, allowed)):
-            raise ModelError(f"{self._where}: {name} = {value!r} is not supported; only {allowed!r} is")
+            raise ModelError(
+                f"{self._where}: {self.called(name)} = {as_json(value)} is not supported; only {as_json(allowed)} is"
+            )
 
     def _of(self, kind: Kind, name: str, default: object) -> Any:
         value = self._values.get(name)
         value = default if value is None else value
-        kind.check(value, name, self._where)
+        if value is None and name not in self._values:
+            raise ModelError(f"{self._where}: {self.called(name)} is missing; {kind.words} is needed")
+        kind.check(value, self.called(name), self._where)
         return value

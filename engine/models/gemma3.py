@@ -22,6 +22,7 @@ from engine.models.fields import Fields
 from engine.models.layers import Embedding, Linear, RMSNorm
 from engine.models.rope import LinearScaling, Rope
 from engine.weights.tensors import Tensors
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -66,7 +67,10 @@ class Gemma3Args:
         )
         head_dim = fields.count("head_dim", 256)
         if heads % kv_heads or head_dim % 2:
-            raise ModelError(f"config.json: {heads} heads over {kv_heads} of keys, of {head_dim} numbers, do not fit")
+            raise ModelError(
+                f"config.json: num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim {head_dim}: "
+                "the first must be a multiple of the second, and the last even"
+            )
         return cls(
             layers=layers,
             dim=fields.count("hidden_size"),
@@ -92,7 +96,7 @@ def _windowed(config: Mapping[str, Any], fields: Fields, layers: int) -> tuple[b
         return tuple(index % every != 0 for index in range(1, min(layers, 1 << 16) + 1))
     if not isinstance(types, list) or len(types) != layers or not all(kind in (_FULL, _SLIDING) for kind in types):
         raise ModelError(
-            f"config.json: layer_types {str(types)[:100]} is not a list of {layers} times {_FULL} or {_SLIDING}"
+            f"config.json: layer_types {as_json(types)} is not a list of {layers} times {_FULL} or {_SLIDING}"
         )
     return tuple(kind == _SLIDING for kind in types)
 
@@ -103,7 +107,7 @@ def _rope(config: Mapping[str, Any], kind: str) -> tuple[float, float]:
     stated, older = outer.mapping("rope_parameters"), outer.mapping("rope_scaling")
     if not set(stated) <= {_FULL, _SLIDING}:
         raise ModelError(
-            f"config.json: rope_parameters {str(stated)[:100]} is not supported; an object for {_FULL} and one for "
+            f"config.json: rope_parameters {as_json(stated)} is not supported; an object for {_FULL} and one for "
             f"{_SLIDING} are"
         )
     value = Fields(stated, "config.json: rope_parameters").mapping(kind)

@@ -18,8 +18,9 @@ from engine.models.encoder import Group, LayerNormed, join, split, unseen
 from engine.models.fastmath import gelu
 from engine.models.fields import Fields
 from engine.models.layers import Embedding, LayerNorm, Linear
-from engine.models.rope import Rope, check_heads
+from engine.models.rope import Rope, head_sizes
 from engine.weights.tensors import Tensors
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -52,20 +53,17 @@ class ModernBertArgs:
     windowed: tuple[bool, ...]
     bases: tuple[float, float]
 
-    def __post_init__(self) -> None:
-        check_heads(self.dim, self.heads)
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModernBertArgs:
         """From Hugging Face's config.json. Raises `ModelError` naming a field that is absent or not supported."""
         TABLES["modernbert"].check(config, "config.json")
         fields = Fields(config, "config.json")
-        layers = fields.count("num_hidden_layers")
+        layers, (dim, heads) = fields.count("num_hidden_layers"), head_sizes(fields)
         return cls(
             layers=layers,
-            dim=fields.count("hidden_size"),
+            dim=dim,
             hidden=fields.count("intermediate_size"),
-            heads=fields.count("num_attention_heads"),
+            heads=heads,
             vocab=fields.count("vocab_size"),
             context=fields.count("max_position_embeddings", CONTEXT["modernbert"]),
             norm_eps=fields.number("norm_eps", 1e-5),
@@ -84,7 +82,7 @@ def _windowed(config: Mapping[str, Any], fields: Fields, layers: int) -> tuple[b
         return tuple(index % every != 0 for index in range(min(layers, 1 << 16)))
     if not isinstance(types, list) or len(types) != layers or not all(kind in (_FULL, _SLIDING) for kind in types):
         raise ModelError(
-            f"config.json: layer_types {str(types)[:100]} is not a list of {layers} times {_FULL} or {_SLIDING}"
+            f"config.json: layer_types {as_json(types)} is not a list of {layers} times {_FULL} or {_SLIDING}"
         )
     return tuple(kind == _SLIDING for kind in types)
 
@@ -94,7 +92,7 @@ def _base(config: Mapping[str, Any], kind: str) -> float:
     stated = Fields(config, "config.json").mapping("rope_parameters")
     if not set(stated) <= {_FULL, _SLIDING}:
         raise ModelError(
-            f"config.json: rope_parameters {str(stated)[:100]} is not supported; an object for {_FULL} and one for "
+            f"config.json: rope_parameters {as_json(stated)} is not supported; an object for {_FULL} and one for "
             f"{_SLIDING} are"
         )
     value = Fields(stated, "config.json: rope_parameters").mapping(kind)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from engine.models.fields import Fields
 from engine.models.llama import LlamaArgs
 from engine.models.sizes import decoder_sizes, gguf_sizes
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 
@@ -46,17 +47,16 @@ def window(config: Mapping[str, Any]) -> int | None:
     else:
         whole = config.get("max_window_layers", 28)
         if not isinstance(whole, int):
-            raise ModelError(f"config.json: max_window_layers is {whole!r}, not an integer")
+            raise ModelError(f"config.json: max_window_layers is {as_json(whole)}, not an integer")
         sliding = min(layers, max(0, layers - whole))
     types = config.get("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != layers:
-            raise ModelError(f"config.json: layer_types {str(types)[:100]} is not a list of {layers} types")
+            raise ModelError(f"config.json: layer_types {as_json(types)} is not a list of {layers} types")
         sliding = types.count("sliding_attention")
         if sliding + types.count("full_attention") != layers:
             raise ModelError(
-                f"config.json: layer_types {sorted(set(map(str, types)))} are not supported; full_attention and "
-                "sliding_attention are"
+                f"config.json: layer_types {as_json(types)} are not supported; full_attention and sliding_attention are"
             )
     if sliding not in (0, layers):
         raise ModelError(

@@ -11,6 +11,7 @@ from engine.models.allowed import Table
 from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, inside, kind_of
 from engine.platform.jsonfiles import read_object
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: `model_type` of the cross-encoders that are supported, and of the decoders that judge by their next token.
@@ -62,7 +63,7 @@ class RerankFiles:
         _check(form, config)
         prompts, default = sentence.prompts()
         if architecture not in DECODERS and default:
-            raise ModelError(f"{root}: default_prompt_name {default!r} is not supported for a cross-encoder")
+            raise ModelError(f"{root}: default_prompt_name {as_json(default)} is not supported for a cross-encoder")
         yes, no = _judgement(sentence, config)
         named = named or config.get("classifier_from_token") is not None
         return cls(sentence, form, _sigmoid(sentence, config), named, yes, no, prompts, default)
@@ -100,7 +101,7 @@ def _check(form: str, config: Mapping[str, Any]) -> None:
     if architecture not in known:
         what = "cross-encoder" if form == "classifier" else "decoder that judges pairs"
         raise ModelError(
-            f"config.json: a {what} of model_type {architecture!r} is not supported; {', '.join(known)} are"
+            f"config.json: a {what} of model_type {as_json(architecture)} is not supported; {', '.join(known)} are"
         )
     if form == "classifier" and (labels := _labels(config)) != 1:
         raise ModelError(
@@ -128,7 +129,7 @@ def _judgement(sentence: SentenceFiles, config: Mapping[str, Any]) -> tuple[int 
     if stated is None:
         return "yes", "no"
     if not isinstance(stated, list) or len(stated) != 2 or not all(isinstance(token, str) for token in stated):
-        raise ModelError(f'config.json: classifier_from_token {str(stated)[:100]} is not a list like ["no", "yes"]')
+        raise ModelError(f'config.json: classifier_from_token {as_json(stated)} is not a list like ["no", "yes"]')
     return stated[1], stated[0]
 
 
@@ -142,5 +143,5 @@ def _sigmoid(sentence: SentenceFiles, config: Mapping[str, Any]) -> bool:
     )
     named = next((name for name in stated if name is not None), "torch.nn.modules.activation.Sigmoid")
     if str(named) not in _ACTIVATIONS:
-        raise ModelError(f"activation_fn {str(named)[:100]!r} is not supported; {' and '.join(_ACTIVATIONS)} are")
+        raise ModelError(f"activation_fn {as_json(named)} is not supported; {' and '.join(_ACTIVATIONS)} are")
     return _ACTIVATIONS[str(named)]

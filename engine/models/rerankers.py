@@ -17,6 +17,7 @@ from engine.models.rerank_files import DECODERS, RerankFiles
 from engine.models.sentence import EmbeddingSpec
 from engine.text.tokenizer import Tokenizer
 from engine.weights.tensors import Tensors
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: What DeBERTa's files call an activation of its pooler.
@@ -38,7 +39,7 @@ def _pooling(config: Mapping[str, Any]) -> str:
     if architecture == "modernbert":
         stated = config.get("classifier_pooling", "cls")
         if stated not in ("cls", "mean"):
-            raise ModelError(f"config.json: classifier_pooling = {stated!r} is not supported; 'cls' and 'mean' are")
+            raise ModelError(f"config.json: classifier_pooling = {as_json(stated)} is not supported; cls and mean are")
         return str(stated)
     return "lasttoken" if architecture in DECODERS else "cls"
 
@@ -88,7 +89,7 @@ def _deberta(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -> l
     Fields(config, "config.json").only("pooler_hidden_size", dim)
     if str(activation) not in _POOLER_ACTIVATIONS:
         raise ModelError(
-            f"config.json: pooler_hidden_act = {str(activation)[:100]!r} is not supported; "
+            f"config.json: pooler_hidden_act = {as_json(activation)} is not supported; "
             f"{', '.join(_POOLER_ACTIVATIONS)} are"
         )
     pooler = Layer(_linear(tensors, "pooler.dense", dim, dim), _POOLER_ACTIVATIONS[str(activation)])
@@ -99,7 +100,7 @@ def _modernbert(config: Mapping[str, Any], encoder: Encoder, tensors: Tensors) -
     args = cast(ModernBert, encoder).args
     activation = config.get("classifier_activation", "gelu")
     if activation not in ("gelu", "gelu_python"):
-        raise ModelError(f"config.json: classifier_activation = {activation!r} is not supported; only 'gelu' is")
+        raise ModelError(f"config.json: classifier_activation = {as_json(activation)} is not supported; only gelu is")
     bias = Fields(config, "config.json").flag("classifier_bias")
     dense = _linear(tensors, "head.dense", args.dim, args.dim, bias=bias)
     head = Layer(dense, "GELU", norm_of(tensors, "head.norm", args))

@@ -13,6 +13,7 @@ import numpy as np
 from engine.models.allowed import Table
 from engine.models.fields import Fields
 from engine.platform.compiler import on_cpu
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 
@@ -86,7 +87,8 @@ def from_config(config: Mapping[str, Any], context: int, head_dim: int) -> tuple
 def _type(value: Mapping[str, Any], where: str) -> str:
     kind = value.get("rope_type", value.get("type", "default"))
     if not isinstance(kind, str) or kind not in _TYPES:
-        raise ModelError(f"{where} of type {kind!r} is not supported; {', '.join(_TYPES)} are")
+        named = "rope_type" if "rope_type" in value else "type"
+        raise ModelError(f"{where}: {named} = {as_json(kind)} is not supported; {', '.join(_TYPES)} are")
     return kind
 
 
@@ -115,7 +117,7 @@ def _scaling(where: str, value: Mapping[str, Any], context: int, base: float, he
 def _yarn(fields: Fields, value: Mapping[str, Any], original: int, context: int, base: float, head_dim: int) -> Yarn:
     factor = fields.number("factor", context / original)
     if base <= 1.0:
-        raise ModelError(f"config.json: rope_theta {base} is too small for rope of type 'yarn'; it must be above 1")
+        raise ModelError(f"config.json: rope_theta {base} is too small for rope of type yarn; it must be above 1")
 
     def turns_at(turns: float) -> float:
         """The pair, counted in halves, that turns so often within the original context."""
@@ -219,7 +221,13 @@ def periods(head_dim: int, base: float, scaling: Scaling) -> np.ndarray:
     return periods / (kept + (1.0 - kept) / scaling.factor)
 
 
-def check_heads(dim: int, heads: int) -> None:
-    """Raises `ModelError` for heads whose numbers do not pair: rotation turns two at a time."""
+def head_sizes(fields: Fields) -> tuple[int, int]:
+    """(numbers of a hidden state, heads) of a config.json. Raises `ModelError` for heads whose numbers do not pair:
+    rotation turns two at a time."""
+    dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     if dim % heads or dim // heads % 2:
-        raise ModelError(f"config.json: hidden_size {dim} over {heads} heads: a head's size must be whole and even")
+        raise ModelError(
+            f"config.json: {fields.called('hidden_size')} is {dim}, and {fields.called('num_attention_heads')} {heads}"
+            ": a head's size must be whole and even"
+        )
+    return dim, heads

@@ -16,9 +16,9 @@ from engine.models.allowed import CONTEXT, RENAMED, TABLES, Table
 from engine.models.attention import attention
 from engine.models.encoder import Group, LayerNormed, join, split, unseen
 from engine.models.fastmath import gelu, swiglu
-from engine.models.fields import Fields, renamed
+from engine.models.fields import Fields, renamed, spelled
 from engine.models.layers import Embedding, LayerNorm, Linear
-from engine.models.rope import Rope, check_heads
+from engine.models.rope import Rope, head_sizes
 from engine.weights.tensors import Tensors
 
 
@@ -64,18 +64,16 @@ class RotaryBertArgs:
     types: int
     base: float
 
-    def __post_init__(self) -> None:
-        check_heads(self.dim, self.heads)
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> RotaryBertArgs:
         """From Hugging Face's config.json, or Nomic's own. Raises `ModelError` naming a field that is absent or not
         supported."""
         architecture = str(config["model_type"])
         TABLES[architecture].check(config, "config.json")
-        given = renamed(config, RENAMED.get(architecture, {}))
-        fields = Fields(given, "config.json")
-        dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+        names = RENAMED.get(architecture, {})
+        given = renamed(config, names)
+        fields = Fields(given, "config.json", spelled(config, names))
+        dim, heads = head_sizes(fields)
         fields.only("head_dim", dim // heads)
         return cls(
             architecture=architecture,

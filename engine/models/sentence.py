@@ -12,6 +12,7 @@ from engine.models.encoder import EmbedderArgs
 from engine.models.fields import Fields
 from engine.models.sentence_files import SentenceFiles, inside, kind_of
 from engine.platform.jsonfiles import read_object
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 _POOLINGS = ("mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean")
@@ -65,7 +66,7 @@ class DenseSpec:
         package, _, activation = str(named).rpartition(".")
         if not package.startswith("torch.nn") or activation not in _ACTIVATIONS:
             raise ModelError(
-                f"{path}: activation_function {str(named)[:100]!r} is not supported; {', '.join(_ACTIVATIONS)} of "
+                f"{path}: activation_function {as_json(named)} is not supported; {', '.join(_ACTIVATIONS)} of "
                 "torch.nn are"
             )
         inputs, outputs = fields.count("in_features"), fields.count("out_features")
@@ -197,7 +198,7 @@ def _pooling(path: Path) -> Pooling:
     named = tuple(modes) if isinstance(modes, list) else (modes,)
     if not named or not all(mode in _POOLINGS for mode in named):
         raise ModelError(
-            f"{path}: pooling {str(modes)[:100]} is not supported; {', '.join(_POOLINGS)}, and lists of these are"
+            f"{path}: pooling {as_json(modes)} is not supported; {', '.join(_POOLINGS)}, and lists of these are"
         )
     return str(named[0]) if len(named) == 1 else tuple(map(str, named))
 
@@ -209,5 +210,5 @@ def read_dimensions(path: Path, dim: int) -> Sequence[int]:
     if named is None:
         return range(1, dim + 1) if config.get("is_matryoshka") is True else ()
     if not isinstance(named, list) or not all(type(size) is int and 0 < size <= dim for size in named):
-        raise ModelError(f"{path}: matryoshka_dimensions {named!r} is no list of numbers from 1 to {dim}")
+        raise ModelError(f"{path}: matryoshka_dimensions {as_json(named)} is no list of numbers from 1 to {dim}")
     return tuple(sorted(named))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.models.allowed import ANYTHING, Table
 from engine.platform.jsonfiles import read_json, read_object
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: The names that the settings of the transformer have had; the first that is there counts.
@@ -133,7 +134,9 @@ class SentenceFiles:
         if limit is None:
             return positions
         if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= 1:
-            raise ModelError(f"{self.transformer}: max_seq_length or model_max_length {limit!r} is no number of tokens")
+            raise ModelError(
+                f"{self.transformer}: max_seq_length or model_max_length {as_json(limit)} is no number of tokens"
+            )
         return int(min(limit, positions))
 
     def prompts(self) -> tuple[dict[str, str], str | None]:
@@ -144,11 +147,13 @@ class SentenceFiles:
             raise ModelError(f"{path}: its prompts are not an object of strings")
         prompts = {name: prompt or "" for name, prompt in prompts.items()}
         if not isinstance(default, str | None):
-            raise ModelError(f"{path}: default_prompt_name is {str(default)[:60]!r}, not a text")
+            raise ModelError(f"{path}: default_prompt_name is {as_json(default)}, not a text")
         if default in ("query", "document"):  # which sentence-transformers has in every model, empty
             prompts.setdefault(default, "")
         if default is not None and default not in prompts:
-            raise ModelError(f"{path}: default_prompt_name {default!r} is none of its prompts ({', '.join(prompts)})")
+            raise ModelError(
+                f"{path}: default_prompt_name {as_json(default)} is none of its prompts ({', '.join(prompts)})"
+            )
         return prompts, default
 
     @property
@@ -166,7 +171,7 @@ class SentenceFiles:
     def _switch(self, name: str) -> bool:
         value = self.settings.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ModelError(f"{self.transformer}: {name} is {value!r}, not true or false")
+            raise ModelError(f"{self.transformer}: {name} is {as_json(value)}, not true or false")
         return value is True
 
 
@@ -181,14 +186,14 @@ def _modules(path: Path) -> list[dict[str, Any]]:
     for module in modules:
         _MODULE.check(module, str(path))
         if not isinstance(module.get("type"), str) or not isinstance(module.get("path"), str):
-            raise ModelError(f"{path}: a module without a type or a path: {str(module)[:100]}")
+            raise ModelError(f"{path}: a module without a type or a path: {as_json(module)}")
         if not module["type"].startswith(_PACKAGE):
             raise ModelError(
-                f"{path}: the module {module['type'][:100]!r} is not supported: it is none of sentence-transformers', "
+                f"{path}: the module {as_json(module['type'])} is not supported: it is none of sentence-transformers', "
                 "and code that comes with a model is never run"
             )
         if names.count(module.get("name")) > 1:
-            raise ModelError(f"{path}: two modules are called {module['name']!r}")
+            raise ModelError(f"{path}: two modules are called {as_json(module['name'])}")
     return modules
 
 
@@ -209,7 +214,7 @@ def _settings(transformer: Path, task: _Task) -> dict[str, Any]:
         for key, table in _PASSED_ON.items():
             values = settings.get(key) or {}
             if not isinstance(values, dict):
-                raise ModelError(f"{path}: {key} is {str(values)[:60]!r}, not an object")
+                raise ModelError(f"{path}: {key} is {as_json(values)}, not an object")
             table.check(values, f"{path}: {key}")
         return settings
     return {}
@@ -233,5 +238,5 @@ def kind_of(module: Mapping[str, Any]) -> str:
 def inside(root: Path, name: object) -> Path:
     """The folder `name` of a module. Raises `ModelError` for one that leads out of `root`."""
     if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ModelError(f"{root / 'modules.json'}: the path {name!r} leads out of the folder")
+        raise ModelError(f"{root / 'modules.json'}: the path {as_json(name)} leads out of the folder")
     return root / name

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.models import allowed, rope
 from engine.models.fields import Fields
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 
@@ -22,12 +23,19 @@ def decoder_sizes(config: Mapping[str, Any], architecture: str, *, head_dim: int
     head_size = fields.count("head_dim", head_dim or dim // heads)
     base, scaling = rope.from_config(config, context, head_size)
     own_heads = "num_key_value_heads" not in config and allowed.KEY_VALUE_HEADS.get(architecture)
+    kv_heads = fields.count("num_key_value_heads", own_heads or heads)
+    if heads % kv_heads or head_size % 2:
+        raise ModelError(
+            f"config.json: num_attention_heads is {heads}, num_key_value_heads {kv_heads}, and a head has {head_size} "
+            "numbers (head_dim, or hidden_size over the heads): the first must be a multiple of the second, and the "
+            "last even"
+        )
     return {
         "layers": fields.count("num_hidden_layers"),
         "dim": dim,
         "hidden": fields.count("intermediate_size"),
         "heads": heads,
-        "kv_heads": fields.count("num_key_value_heads", own_heads or heads),
+        "kv_heads": kv_heads,
         "head_dim": head_size,
         "vocab": fields.count("vocab_size"),
         "context": context,
@@ -42,7 +50,7 @@ def layers_of(config: Mapping[str, Any], kind: str, layers: int) -> None:
     """Refuse `layer_types` that are not all of this kind."""
     if config.get("layer_types") not in (None, [kind] * min(layers, 1 << 16)):
         raise ModelError(
-            f"config.json: layer_types {str(config['layer_types'])[:100]} are not supported; only {layers} times "
+            f"config.json: layer_types {as_json(config['layer_types'])} are not supported; only {layers} times "
             f"{kind} are"
         )
 

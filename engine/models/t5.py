@@ -12,19 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from engine.models.allowed import CONTEXT, TABLES
+from engine.models.allowed import CONTEXT, RENAMED, TABLES
 from engine.models.attention import attention
 from engine.models.encoder import Encoder, Group, RelativeBias, addend_of, join, side_by_side, split
 from engine.models.fastmath import approximate_gelu, gelu
-from engine.models.fields import Fields, renamed
+from engine.models.fields import Fields, renamed, spelled
 from engine.models.layers import Embedding, Linear, RMSNorm
 from engine.weights.tensors import Tensors
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
-#: Other names of its fields.
-_ALIASES = {
-    "hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "head_dim": "d_kv",
-}  # fmt: skip
 _ACTIVATIONS: Mapping[str, Callable[[mx.array], mx.array]] = {
     "relu": lambda x: mx.maximum(x, 0.0),
     "gelu": gelu,
@@ -66,12 +63,13 @@ class T5Args:
     def from_config(cls, config: Mapping[str, Any]) -> T5Args:
         """From Hugging Face's config.json. Raises `ModelError` naming a field that is absent or not supported."""
         TABLES["t5"].check(config, "config.json")
-        fields = Fields(renamed(config, _ALIASES), "config.json")
+        names = RENAMED["t5"]
+        fields = Fields(renamed(config, names), "config.json", spelled(config, names))
         form = config.get("feed_forward_proj")
         form = "relu" if form is None else form
         if not isinstance(form, str) or form not in _FORMS:
             raise ModelError(
-                f"config.json: feed_forward_proj = {str(form)[:100]!r} is not supported; {', '.join(_FORMS)} are"
+                f"config.json: feed_forward_proj = {as_json(form)} is not supported; {', '.join(_FORMS)} are"
             )
         gated, activation = _FORMS[form]
         fields.only("is_gated_act", gated)
@@ -84,11 +82,11 @@ class T5Args:
                 f"{farthest}; at least 4 are needed, and more than a quarter of them"
             )
         return cls(
-            layers=fields.count("num_layers"),
-            dim=fields.count("d_model"),
+            layers=fields.count("num_hidden_layers"),
+            dim=fields.count("hidden_size"),
             hidden=fields.count("d_ff"),
-            heads=fields.count("num_heads"),
-            size=fields.count("d_kv", 64),
+            heads=fields.count("num_attention_heads"),
+            size=fields.count("head_dim", 64),
             vocab=fields.count("vocab_size"),
             norm_eps=fields.number("layer_norm_epsilon", 1e-6),
             buckets=buckets,

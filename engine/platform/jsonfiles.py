@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 from stoker.files.durable import write_whole
 
@@ -26,7 +27,7 @@ def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, 
     """The object in `path`; `missing` if there is no such file. Raises `ModelError` that names the file."""
     content = read_json(path, missing)
     if not isinstance(content, dict):
-        raise ModelError(f"{path}: a {type(content).__name__}, not a JSON object")
+        raise ModelError(f"{path}: {as_json(content)}, not a JSON object")
     return content
 
 
@@ -35,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = _with_floats(read_object(folder / "config.json"))
     architecture = config.get("model_type")
     if not isinstance(architecture, str | None):
-        raise ModelError(f"{folder / 'config.json'}: model_type is {str(architecture)[:100]}, not a text")
+        raise ModelError(f"{folder / 'config.json'}: model_type is {as_json(architecture)}, not a text")
     return config
 
 

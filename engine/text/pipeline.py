@@ -16,6 +16,7 @@ from typing import Any, cast
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.text.pieces import SPACE
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: Classes that transformers builds as BERT's; ELECTRA's and the others that follow are BERT's by another name.
@@ -228,7 +229,7 @@ class TokenizerPipeline:
     def _switch(self, name: str, default: bool | None) -> Any:
         value = self._config.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ModelError(f"{self._path}: {name} is {value!r}, not true or false")
+            raise ModelError(f"{self._path}: {name} is {as_json(value)}, not true or false")
         return default if value is None else value
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from engine.platform.jsonfiles import read_object
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: What every template knows, and in the order in which transformers adds them.
@@ -159,7 +160,7 @@ class _Reader:
 
     def tokens(self, value: object) -> list[Named]:
         if not isinstance(value, list | None):
-            raise ModelError(f"{self._path}: {_EXTRA} is a {type(value).__name__}, not a list of tokens")
+            raise ModelError(f"{self._path}: {_EXTRA} is {as_json(value)}, not a list of tokens")
         return [self.token(token, f"{_EXTRA}[{index}]") for index, token in enumerate(value or ())]
 
     def token(self, value: object, where: str) -> Named:
@@ -168,4 +169,4 @@ class _Reader:
         if isinstance(value, Mapping) and isinstance(value.get("content"), str) and value["content"]:
             flags = {name: value[name] for name in _FLAGS if isinstance(value.get(name), bool)}
             return AddedToken(value["content"], **flags)
-        raise ModelError(f"{self._path}: {where} is {str(value)[:60]!r}, not a token's text or object")
+        raise ModelError(f"{self._path}: {where} is {as_json(value)}, not a token's text or object")

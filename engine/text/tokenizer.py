@@ -21,7 +21,7 @@ from engine.text.special_tokens import LISTED, SpecialTokens
 from engine.text.templates import folder_templates, gguf_templates
 from engine.text.trial import no_panic, read_tokenizer
 from engine.weights.gguf import GGUF
-from stoker.contract.shown import cut
+from stoker.contract.shown import as_json, cut
 from stoker.errors import InvalidRequest, ModelError
 
 #: A template's name for a special token -> how GGUF calls it.
@@ -284,7 +284,7 @@ def _left(path: Path, name: str, side: object) -> bool:
         return side.lower() == "left"
     if side is None:
         return False
-    raise ModelError(f'{path}: {name} is {side!r}; "left" and "right" are allowed')
+    raise ModelError(f'{path}: {name} is {as_json(side)}; "left" and "right" are allowed')
 
 
 def _cleans(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 METHODS = ("awq", "gptq", "fp8")
@@ -68,17 +69,17 @@ def _packing(method: Literal["awq", "gptq"], section: Mapping[str, Any]) -> Pack
     bits, group = section.get("bits", section.get("w_bit")), section.get("group_size", section.get("q_group_size"))
     if type(bits) is not int or bits not in _BITS[method]:
         raise ModelError(
-            f"{_WHERE}: bits = {bits!r} are not supported; of {method} {', '.join(map(str, _BITS[method]))} are"
+            f"{_WHERE}: bits = {as_json(bits)} are not supported; of {method} {', '.join(map(str, _BITS[method]))} are"
         )
     if type(group) is not int or (group < 1 and group != -1):
-        raise ModelError(f"{_WHERE}: group_size = {group!r}: a whole number of at least 1 is needed, or -1")
+        raise ModelError(f"{_WHERE}: group_size = {as_json(group)}: a whole number of at least 1 is needed, or -1")
     name, allowed = _LAYOUTS[method]
     layout = section.get(name) or allowed[0]
     if not isinstance(layout, str) or layout.lower() not in allowed:
-        raise ModelError(f"{_WHERE}: {name} = {layout!r} is not supported; allowed: {', '.join(allowed)}")
+        raise ModelError(f"{_WHERE}: {name} = {as_json(layout)} is not supported; allowed: {', '.join(allowed)}")
     for unread in ("dynamic", "is_marlin_format"):
         if section.get(unread):
-            raise ModelError(f"{_WHERE}: {unread} = {str(section[unread])[:100]} is not supported")
+            raise ModelError(f"{_WHERE}: {unread} = {as_json(section[unread])} is not supported")
     return Packing(method, bits, group, less_one=layout.lower() == "gptq")
 
 
@@ -87,5 +88,5 @@ def _blocks(section: Mapping[str, Any]) -> Blocks:
     if block is None:
         return Blocks(None)
     if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
-        raise ModelError(f"{_WHERE}: weight_block_size = {block!r}: two whole numbers of at least 1 are needed")
+        raise ModelError(f"{_WHERE}: weight_block_size = {as_json(block)}: two whole numbers of at least 1 are needed")
     return Blocks((block[0], block[1]))

@@ -15,6 +15,7 @@ import mlx.core as mx
 from engine.weights.foreign_sections import CONFIG_KEYS
 from engine.weights.quantized import AFFINE, Form, QuantizedTensor
 from engine.weights.tensors import Stored
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 
@@ -72,7 +73,9 @@ def _form(section: Mapping[str, Any], where: str) -> Form:
     mode = section.get("mode", AFFINE)
     group_size, bits = section.get("group_size"), section.get("bits")
     if not isinstance(group_size, int) or not isinstance(bits, int):
-        raise ModelError(f"config.json: {where}: group_size {group_size!r} and bits {bits!r} must be integers")
+        raise ModelError(
+            f"config.json: {where}: group_size {as_json(group_size)} and bits {as_json(bits)} must be integers"
+        )
     try:
         return Form(group_size, bits, mode)
     except ModelError as error:

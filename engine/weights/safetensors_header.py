@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.platform.jsonfiles import check_depth, open_file, read_object
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: The format's own limit on the header (bytes).
@@ -117,7 +118,7 @@ def check_header(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: its header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
-        raise ModelError(f"{path}: its header is a {type(header).__name__}, not an object")
+        raise ModelError(f"{path}: its header is {as_json(header)}, not an object")
     # An entry of these three alone is one of numbers, which `_span` sees.
     check_depth(path, [entry for entry in header.values() if not (isinstance(entry, dict) and entry.keys() == _ENTRY)])
     _check_metadata(path, header.get("__metadata__"))

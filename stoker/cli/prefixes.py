@@ -15,7 +15,7 @@ from stoker.client import Client
 from stoker.client.requests import Prompt
 from stoker.contract.kinds import GENERATE
 from stoker.contract.presence import describe_prefix
-from stoker.contract.shown import brief, printable
+from stoker.contract.shown import as_json, brief, printable
 from stoker.errors import InvalidRequest
 
 _CHAT_OR_RAW = (
@@ -54,7 +54,7 @@ def _prompt(client: Client, model: str, text: str | None, messages: str | None, 
     if messages is not None:
         found = inputs.read_json("messages", messages)
         if not isinstance(found, list):
-            raise InvalidRequest(f"messages: {brief(found)} given; expected a list of messages.")
+            raise InvalidRequest(f"messages: {as_json(found)} given; expected a list of messages.")
         return found
     said = inputs.read_text("text") if text == inputs.STDIN else str(text)
     if chat is None:

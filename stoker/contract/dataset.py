@@ -10,7 +10,7 @@ from typing import Any
 
 from stoker.contract.beneath import Beneath
 from stoker.contract.lines import RepeatedField, decoded, numbered, pieces, unrepeated
-from stoker.contract.shown import brief, trouble
+from stoker.contract.shown import as_json, trouble
 from stoker.errors import DatasetError
 
 #: Before the name of a dataset that is a file under the worker's data root.
@@ -127,7 +127,7 @@ def _example(row: Any, where: str) -> Example:
 
 def _typed(row: Any, where: str) -> Example:
     if not isinstance(row, Mapping):
-        raise DatasetError(f"{where}: a {type(row).__name__} given; expected an object, {_ALLOWED}.")
+        raise DatasetError(f"{where}: {as_json(row)} given; expected an object, {_ALLOWED}.")
     fields = set(row)
     if fields == {"messages"}:
         return Example(messages=_messages(row["messages"], where))
@@ -147,7 +147,7 @@ def _typed(row: Any, where: str) -> Example:
 
 def _listed(fields: set[Any]) -> str:
     """Names of fields on one line: a row may have any number of any length."""
-    shown = sorted(field if isinstance(field, str) and field.isprintable() else brief(field) for field in fields)
+    shown = sorted(field if isinstance(field, str) and field.isprintable() else as_json(field) for field in fields)
     more = f" and {len(shown) - _SHOWN} more fields" if len(shown) > _SHOWN else ""
     return ", ".join(name if len(name) <= 60 else f"{name[:59]}…" for name in shown[:_SHOWN]) + more or "no fields"
 
@@ -161,7 +161,7 @@ def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise DatasetError(f'{source}: expected an object {{"role": …, "content": …}}.')
         if message["role"] not in _ROLES:
-            raise DatasetError(f"{source}: role {brief(message['role'])} given; allowed: {', '.join(_ROLES)}.")
+            raise DatasetError(f"{source}: role {as_json(message['role'])} given; allowed: {', '.join(_ROLES)}.")
         _check_text(message["content"], "content", source)
         found.append({"role": str(message["role"]), "content": str(message["content"])})
     if not any(message["role"] == "assistant" and message["content"].strip() for message in found):
@@ -171,7 +171,7 @@ def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
 
 def _check_text(value: Any, name: str, where: str) -> None:
     if not isinstance(value, str):
-        raise DatasetError(f"{where}: {name} is a {type(value).__name__}; expected text.")
+        raise DatasetError(f"{where}: {name} is {as_json(value)}; expected text.")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.errors import DatasetError
 
 #: More than any text of the contract takes, written as JSON with every letter escaped.
@@ -76,6 +76,6 @@ def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise RepeatedField(f"the field {brief(name)} is there twice; name each once")
+                raise RepeatedField(f"the field {as_json(name)} is there twice; name each once")
             seen.add(name)
     return fields

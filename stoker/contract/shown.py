@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -18,6 +19,21 @@ def brief(value: Any, most: int = 60) -> str:
     except Exception:
         return f"an object of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def as_json(value: Any, most: int = 100) -> str:
+    """`value` of a JSON file or request as JSON spells it, `true` and not `True`: on one line, cut to `most`
+    characters. What is no JSON is shown as `brief` does."""
+    try:
+        text = json.dumps(value[:most] if isinstance(value, str) else value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return brief(value, most)
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isprintable() else json.dumps(letter)[1:-1]
 
 
 def printable(text: str) -> str:

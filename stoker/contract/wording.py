@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic_core import ErrorDetails
 
 from stoker.contract.names import Rule
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json, brief
 
+#: A value in words.
+Show: TypeAlias = Callable[[object], str]
 #: Patterns of fields, as words. One that is not here is shown itself.
 _PATTERNS = {
     rf"^{Rule.NAME.pattern}$": Rule.NAME.allowed,
@@ -42,10 +44,14 @@ _KINDS = {
     "recursion_loop": "a value that does not contain itself",
     "invalid_key": "names that are texts",
 }
+#: Types of errors whose choices pydantic lists, in quotes of Python's.
+_CHOICES, _TAGS = ("literal_error", "enum"), ("union_tag_invalid", "union_tag_not_found")
+_QUOTING = (*_CHOICES, *_TAGS)
 
 
-def refusal(problem: ErrorDetails) -> str:
-    """Of one of `ValidationError.errors()`: what was given and what is allowed, for behind the field's name."""
+def refusal(problem: ErrorDetails, show: Show = brief) -> str:
+    """Of one of `ValidationError.errors()`: what was given and what is allowed, for behind the field's name. `show` is
+    `as_json` for what comes out of JSON."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "value_error":
         # A validator of Stoker's own: it says both.
@@ -53,8 +59,11 @@ def refusal(problem: ErrorDetails) -> str:
     if kind == "missing":
         return "missing; it has to be given"
     if kind in _SIZES:
-        return _SIZES[kind](problem["input"], context)
-    return f"{brief(problem['input'])} given; expected {_expected(kind, context)}"
+        return _SIZES[kind](problem["input"], context, show)
+    expected = _expected(kind, context)
+    if show is as_json and kind in _QUOTING:
+        expected = expected.replace("'", '"')
+    return f"{show(problem['input'])} given; expected {expected}"
 
 
 def _expected(kind: str, context: Mapping[str, Any]) -> str:
@@ -63,12 +72,12 @@ def _expected(kind: str, context: Mapping[str, Any]) -> str:
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
         return f"{words} {str(context[bound]).removesuffix('.0')}"
-    if kind in ("literal_error", "enum"):
+    if kind in _CHOICES:
         return str(context["expected"])
     if kind == "string_pattern_mismatch":
         pattern = str(context["pattern"])
         return _PATTERNS.get(pattern) or f"a text of the form {pattern}"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
+    if kind in _TAGS:
         tags = context.get("expected_tags")
         return f"an object whose {context['discriminator']} is one of {tags}" if tags else _OBJECT
     return "another value; the documentation of this field says which"
@@ -88,27 +97,27 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _too_few(value: object, context: Mapping[str, Any]) -> str:
-    return f"{brief(value)} given; expected at least {_count(context['min_length'], 'item')}"
+def _too_few(value: object, context: Mapping[str, Any], show: Show) -> str:
+    return f"{show(value)} given; expected at least {_count(context['min_length'], 'item')}"
 
 
-def _too_many(_: object, context: Mapping[str, Any]) -> str:
+def _too_many(_: object, context: Mapping[str, Any], __: Show) -> str:
     # pydantic stops to count behind the last that is allowed, where it reads them one by one.
     given = "more items" if context["actual_length"] is None else _count(context["actual_length"], "item")
     return f"{given} given; expected at most {_count(context['max_length'], 'item')}"
 
 
-def _too_short(value: object, context: Mapping[str, Any]) -> str:
-    return f"{brief(value)} given; expected at least {_count(context['min_length'], 'character')}"
+def _too_short(value: object, context: Mapping[str, Any], show: Show) -> str:
+    return f"{show(value)} given; expected at least {_count(context['min_length'], 'character')}"
 
 
-def _too_long(value: object, context: Mapping[str, Any]) -> str:
-    given = _count(len(value), "character") if isinstance(value, str) else brief(value)
+def _too_long(value: object, context: Mapping[str, Any], show: Show) -> str:
+    given = _count(len(value), "character") if isinstance(value, str) else show(value)
     return f"{given} given; expected at most {_count(context['max_length'], 'character')}"
 
 
 #: Types of errors of what is too small or too large: what was given is said by its size.
-_SIZES: Mapping[str, Callable[[object, Mapping[str, Any]], str]] = {
+_SIZES: Mapping[str, Callable[[object, Mapping[str, Any], Show], str]] = {
     "too_short": _too_few,
     "too_long": _too_many,
     "string_too_short": _too_short,

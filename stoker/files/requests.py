@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker.contract import GenerateResult
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.errors import DatasetError, InvalidRequest, StokerError
 from stoker.files.source import Again, Line, lines_of, parsed
 
@@ -66,7 +66,7 @@ class RequestFile:
 
 def _request(number: int, row: object) -> RequestLine:
     if not isinstance(row, dict):
-        raise InvalidRequest(f"{brief(row)} given; expected an object with prompt or messages, and options.")
+        raise InvalidRequest(f"{as_json(row)} given; expected an object with prompt or messages, and options.")
     given = [name for name in _IDS if name in row]
     if len(given) > 1:
         raise InvalidRequest("id and custom_id given; at most one of them.")
@@ -76,5 +76,5 @@ def _request(number: int, row: object) -> RequestLine:
 
 def _checked_id(name: str, value: object) -> str | int:
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise InvalidRequest(f"{name}: {brief(value)} given; expected a text or a whole number.")
+        raise InvalidRequest(f"{name}: {as_json(value)} given; expected a text or a whole number.")
     return value

@@ -12,7 +12,7 @@ from typing import Any
 
 from stoker.contract.lines import RepeatedField, decoded, numbered, pieces, unrepeated
 from stoker.contract.requests import MAX_TEXT_CHARS
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.errors import DatasetError
 from stoker.files.output import Output
 
@@ -61,18 +61,18 @@ class Source:
         return text
 
     def _field_of(self, line: bytes, where: str) -> str:
-        row = parsed(line, where)
+        row, field = parsed(line, where), as_json(self.field)
         if not isinstance(row, dict):
-            raise DatasetError(f"{where}: a {type(row).__name__} given; expected an object with {self.field!r} in it.")
+            raise DatasetError(f"{where}: {as_json(row)} given; expected an object with {field} in it.")
         text = row.get(self.field)
         if not isinstance(text, str):
-            found = f"{self.field!r} is a {type(text).__name__}" if self.field in row else f"no field {self.field!r}"
-            names = [brief(name) for name in islice(row, MOST_NAMES)] + ["…"] * (len(row) > MOST_NAMES)
+            found = f"{field} is {as_json(text)}" if self.field in row else f"no field {field}"
+            names = [as_json(name, 60) for name in islice(row, MOST_NAMES)] + ["…"] * (len(row) > MOST_NAMES)
             raise DatasetError(f"{where}: {found}; it has {', '.join(names) or 'nothing'}. Name one: --field.")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DatasetError(f"{where}: {self.field!r} holds half a surrogate pair, which is no text.") from None
+            raise DatasetError(f"{where}: {field} holds half a surrogate pair, which is no text.") from None
         return text
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stoker.client.asynchronously import in_thread
-from stoker.contract.shown import brief, cut
+from stoker.contract.shown import as_json, cut
 from stoker.gateway.bodies import MOST_BYTES
 from stoker.gateway.errors import Refused
 
@@ -46,7 +46,7 @@ class Line:
         row = self._row()
         custom_id = _custom_id(row)
         if custom_id is None:
-            given = f"{brief(row['custom_id'])} given; " if "custom_id" in row else "missing; "
+            given = f"{as_json(row['custom_id'])} given; " if "custom_id" in row else "missing; "
             raise WrongLine("invalid_custom_id", f"custom_id: {given}expected a text of 1 to {LONGEST_ID} characters.")
         for code, message in self._troubles(row, endpoint, duplicate=duplicate):
             raise WrongLine(code, message, custom_id)
@@ -62,7 +62,7 @@ class Line:
         except (ValueError, RecursionError) as error:
             raise WrongLine("invalid_json_line", f"line {self.number}: not JSON ({cut(error, 200)}).") from None
         if not isinstance(row, dict):
-            raise WrongLine("invalid_json_line", f"line {self.number}: {brief(row)} given; expected a JSON object.")
+            raise WrongLine("invalid_json_line", f"line {self.number}: {as_json(row)} given; expected a JSON object.")
         return row
 
     def _troubles(self, row: dict[str, Any], endpoint: str, *, duplicate: bool) -> Iterator[tuple[str, str]]:
@@ -70,14 +70,14 @@ class Line:
             yield "duplicate_custom_id", f"custom_id: line {self.number} has that of a line before it; give it its own."
         for name in row:
             if name not in _FIELDS:
-                yield "invalid_request", f"{brief(name)}: no such field. Allowed: {', '.join(_FIELDS)}."
+                yield "invalid_request", f"{as_json(name)}: no such field. Allowed: {', '.join(_FIELDS)}."
         if row.get("method") != "POST":
-            yield "invalid_method", f"method: {brief(row.get('method'))} given; expected POST."
+            yield "invalid_method", f"method: {as_json(row.get('method'))} given; expected POST."
         if row.get("url") != endpoint:
-            yield "invalid_url", f"url: {brief(row.get('url'))} given; the endpoint of this batch is {endpoint}."
+            yield "invalid_url", f"url: {as_json(row.get('url'))} given; the endpoint of this batch is {endpoint}."
         body = row.get("body")
         if not isinstance(body, dict):
-            yield "invalid_body", f"body: {brief(body)} given; expected a JSON object."
+            yield "invalid_body", f"body: {as_json(body)} given; expected a JSON object."
         elif body.get("stream"):
             yield "invalid_body", "stream: given; nobody follows a batch. Leave it out."
         elif body.get("priority") is not None or body.get("service_tier") == "priority":

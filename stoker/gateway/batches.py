@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from stoker.broker.batches import ENDED, Batch, Batches, BatchRecord
 from stoker.broker.connection import translated
 from stoker.client._async.client import AsyncClient
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json, brief
 from stoker.gateway.calls import Call
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import MOST_METADATA, Body, at_most, parse
@@ -46,7 +46,7 @@ class BatchBody(Body):
         number = int(hours) if hours.isascii() and hours.isdecimal() and len(hours) < 4 else 0
         if not self.completion_window.endswith("h") or not 1 <= number <= LONGEST_WINDOW:
             message = (
-                f"{brief(self.completion_window)} given; allowed: 24h, or other hours from 1h to {LONGEST_WINDOW}h."
+                f"{as_json(self.completion_window)} given; allowed: 24h, or other hours from 1h to {LONGEST_WINDOW}h."
             )
             raise _wrong("completion_window", message)
         return number * 3600

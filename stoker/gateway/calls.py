@@ -16,7 +16,7 @@ from stoker.client._async.client import AsyncClient
 from stoker.client.asynchronously import Joint, finished
 from stoker.contract import ModelCard
 from stoker.contract.names import Rule, follows
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json, brief
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import Body, parse
 from stoker.gateway.waiting import Waiter, Waiting
@@ -78,11 +78,11 @@ class Call:
         """The base and the adapter of `base`, `base:adapter` or `base:adapter@2`. Raises `Refused`."""
         base, colon, adapter = name.partition(":")
         if not base or (colon and not adapter):
-            message = f"model: {brief(name, 160)} given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION."
+            message = f"model: {as_json(name, 160)} given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION."
             raise Refused(404, message, param="model", code="model_not_found")
         if self.caller.models is not None and base not in self.caller.models:
             allowed = ", ".join(sorted(self.caller.models))
-            message = f"model: {brief(name, 160)} given; this key may use {allowed}."
+            message = f"model: {as_json(name, 160)} given; this key may use {allowed}."
             raise Refused(403, message, param="model", code="model_not_allowed")
         return base, adapter or None
 
@@ -90,7 +90,7 @@ class Call:
         """The base that `name` is, where no adapter can be asked. `plural`: what cannot have one. Raises `Refused`."""
         base, adapter = self.model(name)
         if adapter is not None:
-            message = f"model: {brief(name, 160)} given; {plural} have no adapters. Name the base alone."
+            message = f"model: {as_json(name, 160)} given; {plural} have no adapters. Name the base alone."
             raise Refused(404, message, param="model", code="model_not_found")
         return base
 
@@ -99,7 +99,7 @@ class Call:
         request calls `field`. Raises `Refused`."""
         if user is None or user == self.caller.key:
             return self.client
-        given = f"{field}: {brief(user)} given"
+        given = f"{field}: {as_json(user)} given"
         if self.caller.key is not None:
             message = f"{given}; jobs of this key are those of {self.caller.key}. Leave it out."
             raise Refused(403, message, param=field, code="invalid_value")

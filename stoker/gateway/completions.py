@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from stoker.client.options import GenerateOptions
 from stoker.contract import GenerateResult, StreamToken
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.gateway.answers import Generation
 from stoker.gateway.calls import Call, parsed
 from stoker.gateway.errors import Names, Refused
@@ -35,7 +35,7 @@ def _one_prompt(value: Any) -> Any:
         return value
     many = isinstance(value, list) and len(value) > 1
     hint = ". Send a request for each prompt" if many else ""
-    raise ValueError(f"{brief(value)} given; expected one text, or the ids of its tokens{hint}")
+    raise ValueError(f"{as_json(value)} given; expected one text, or the ids of its tokens{hint}")
 
 
 class CompletionBody(OpenAIBody):

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from stoker.client._async.client import AsyncClient
 from stoker.client._async.jobs import AsyncEmbedJob
 from stoker.client.options import EmbedOptions
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
 from stoker.gateway.calls import Call, parsed, sent
@@ -36,7 +36,7 @@ def _texts(value: Any) -> Any:
         return [value]
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return value
-    raise ValueError(f"{brief(value)} given; expected a text, or a list of texts. Token ids are not supported")
+    raise ValueError(f"{as_json(value)} given; expected a text, or a list of texts. Token ids are not supported")
 
 
 class EmbeddingBody(Body):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from stoker.contract.shown import brief, cut
+from stoker.contract.shown import as_json, brief, cut
 from stoker.contract.wording import refusal
 from stoker.gateway.errors import Refused
 
@@ -88,7 +88,7 @@ def parse(body: type[B], raw: bytes) -> B:
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body cannot be read as JSON ({cut(error, 200)}); expected a JSON object.") from None
     if not isinstance(given, dict):
-        raise Refused(400, f"the body is {brief(given)}; expected a JSON object.")
+        raise Refused(400, f"the body is {as_json(given)}; expected a JSON object.")
     return checked_body(body, given)
 
 
@@ -134,7 +134,7 @@ def _refusal(error: ValidationError) -> Refused:
         message = f"{where}: not supported; leave it out."
         return Refused(400, message, param=where, code="unsupported_parameter")
     code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
-    return Refused(400, f"{where}: {refusal(problem)}.", param=where, code=code)
+    return Refused(400, f"{where}: {refusal(problem, as_json)}.", param=where, code=code)
 
 
 def _is_branch(part: object) -> bool:

@@ -23,7 +23,7 @@ from stoker.client._async.jobs import AsyncTrainJob
 from stoker.client.asynchronously import finished, in_thread
 from stoker.contract.dataset import iterate_lines
 from stoker.contract.lines import pieces
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json, brief
 from stoker.errors import BrokerUnavailable, DatasetError, StokerError
 from stoker.gateway.calls import Call, check_owner
 from stoker.gateway.errors import Refused
@@ -67,7 +67,7 @@ class FineTuning:
         body = parse(FineTuningBody, call.body)
         base, adapter = call.model(body.model)
         if adapter is not None:
-            message = f"model: {brief(body.model, 160)} given; runs begin from a base, so name it without an adapter."
+            message = f"model: {as_json(body.model, 160)} given; runs begin from a base, so name it without an adapter."
             raise Refused(400, message, param="model", code="unsupported_parameter")
         owner, created = call.client.settings.client_key, await self._now()
         record = body.record(call.named.id, owner, created, base, secrets.randbelow(2**31))

@@ -14,7 +14,7 @@ from stoker.client.requests import train_request
 from stoker.contract.dataset import ON_WORKER
 from stoker.contract.names import Rule, follows
 from stoker.contract.requests import TrainRequest
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.errors import InvalidRequest
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.fields import MOST_METADATA, Body, at_most
@@ -97,7 +97,7 @@ class FineTuningBody(Body):
         if self.suffix is None:
             return f"ft-{hashlib.sha256(job_id.encode()).hexdigest()[:12]}"
         if not follows(Rule.NAME, self.suffix):
-            message = f"suffix: {brief(self.suffix)} given; it is the adapter's name. Allowed: {Rule.NAME.allowed}."
+            message = f"suffix: {as_json(self.suffix)} given; it is the adapter's name. Allowed: {Rule.NAME.allowed}."
             raise Refused(400, message, param="suffix", code="invalid_value")
         return self.suffix
 

@@ -11,7 +11,7 @@ from stoker.client._async.client import AsyncClient
 from stoker.contract import ModelCard
 from stoker.contract.codec import CONTRACT
 from stoker.contract.kinds import ADAPTERS
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.gateway.errors import Refused
 
 
@@ -25,7 +25,7 @@ async def model(client: AsyncClient, name: str, allowed: frozenset[str] | None) 
     for found in await _found(client, allowed):
         if found["id"] == name:
             return JSONResponse(found)
-    message = f"model: {brief(name, 160)} given; no model of that name is warm. /v1/models lists those that are."
+    message = f"model: {as_json(name, 160)} given; no model of that name is warm. /v1/models lists those that are."
     raise Refused(404, message, param="model", code="model_not_found")
 
 

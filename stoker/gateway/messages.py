@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.gateway.fields import Body, Items
 
 
@@ -18,10 +18,10 @@ def _text(value: Any) -> Any:
         return value
     texts = []
     for number, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else brief(part)
+        kind = part.get("type") if isinstance(part, dict) else part
         if kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError(
-                f"part {number} is {brief(kind)}; allowed: parts of type text. Models here read texts alone"
+                f"part {number} is {as_json(kind)}; allowed: parts of type text. Models here read texts alone"
             )
         texts.append(part["text"])
     return "".join(texts)
@@ -44,7 +44,7 @@ class CalledFunction(Body):
         except (ValueError, RecursionError):
             given = None
         if not isinstance(given, dict):
-            raise ValueError(f"{brief(value)} given; expected the text of a JSON object")
+            raise ValueError(f"{as_json(value)} given; expected the text of a JSON object")
         return value
 
 

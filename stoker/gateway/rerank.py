@@ -13,7 +13,7 @@ from stoker.broker.outcome import vectors_reply
 from stoker.client._async.jobs import AsyncRerankJob
 from stoker.client.options import RerankOptions
 from stoker.contract import RerankResult
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
 from stoker.gateway.calls import Call, parsed, sent
@@ -28,11 +28,11 @@ PRIORITY = 5
 def _texts(value: Any) -> Any:
     """Texts, or objects that each have one."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{brief(value)} given; expected a list of texts")
+        raise ValueError(f"{as_json(value)} given; expected a list of texts")
     for index, item in enumerate(value):
         text = item.get("text") if isinstance(item, dict) and set(item) == {"text"} else item
         if not isinstance(text, str):
-            raise ValueError(f'item {index} is {brief(item)}; expected a text, or an object {{"text": …}}')
+            raise ValueError(f'item {index} is {as_json(item)}; expected a text, or an object {{"text": …}}')
     return [item["text"] if isinstance(item, dict) else item for item in value]
 
 

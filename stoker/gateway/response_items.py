@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.gateway.fields import Body, check_schema
 from stoker.gateway.tools import Function
 
@@ -28,7 +28,7 @@ def _joined(parts: list[Any], allowed: tuple[str, ...]) -> str:
     for number, part in enumerate(parts):
         if not isinstance(part, dict) or part.get("type") not in allowed or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"part {number} is {brief(kind)}; allowed: {', '.join(allowed)}, each with its text")
+            raise ValueError(f"part {number} is {as_json(kind)}; allowed: {', '.join(allowed)}, each with its text")
     return "".join(part["text"] for part in parts)
 
 
@@ -40,7 +40,7 @@ def _reasoning(fields: dict[str, Any]) -> str:
     for name, kind in (("content", "reasoning_text"), ("summary", "summary_text")):
         parts = given.get(name, [])
         if not isinstance(parts, list):
-            raise ValueError(f"{name} is {brief(parts)}; expected a list of parts of type {kind}")
+            raise ValueError(f"{name} is {as_json(parts)}; expected a list of parts of type {kind}")
         if parts:
             return _joined(parts, (kind,))
     raise ValueError("nothing given; an item of type reasoning has content or summary")
@@ -142,7 +142,7 @@ def _arguments(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"arguments: {brief(text)} given; expected the text of a JSON object")
+        raise ValueError(f"arguments: {as_json(text)} given; expected the text of a JSON object")
     return found
 
 

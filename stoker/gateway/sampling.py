@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from stoker.client.options import GenerateOptions
 from stoker.contract.requests import MAX_BIASES
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import Body, Items, at_most
 
@@ -22,14 +22,14 @@ def _texts(value: Any) -> Any:
         return [value]
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
-    raise ValueError(f"{brief(value)} given; expected a text, or a list of texts")
+    raise ValueError(f"{as_json(value)} given; expected a text, or a list of texts")
 
 
 def _token_ids(value: Any) -> Any:
     """JSON has no numbers for names: ids of tokens come as texts."""
     if not isinstance(value, dict) or any(not str(name).isdecimal() for name in value):
         raise ValueError(
-            f"{brief(value)} given; expected an object that maps ids of tokens to numbers from -100 to 100"
+            f"{as_json(value)} given; expected an object that maps ids of tokens to numbers from -100 to 100"
         )
     return {int(name): number for name, number in value.items()}
 

@@ -12,7 +12,7 @@ from stoker.broker.connection import translated
 from stoker.broker.stored_files import FileRecord, Span, StoredFiles, is_id
 from stoker.client._async.client import AsyncClient
 from stoker.client.asynchronously import in_thread
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.files.contents import PART, Contents, contents_of, there_are
 from stoker.gateway.errors import Refused
 
@@ -53,7 +53,7 @@ class Store:
         with translated(self._client.settings):
             record = await self.records.find(file_id, owner)
         if record is None:
-            said = f"{brief(file_id, 80)} given; there is no file of that id. GET /v1/files lists yours."
+            said = f"{as_json(file_id, 80)} given; there is no file of that id. GET /v1/files lists yours."
             raise Refused(404, f"{field or 'file'}: {said}", param=field or "id", code="file_not_found")
         return record
 

@@ -14,7 +14,7 @@ from stoker.client.options import GenerateOptions
 from stoker.contract.freeform import MAX_DEPTH
 from stoker.contract.parts import ArgumentsReader, Reader, TextReader
 from stoker.contract.reasoning import ReasoningReader
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json
 from stoker.contract.tool_calls import CallReader
 from stoker.gateway.errors import Refused
 from stoker.gateway.fields import Body
@@ -148,7 +148,7 @@ def chosen(functions: Sequence[Function], choice: object, *, parallel: bool = Tr
     named = _named(choice)
     if named is None:
         raise _refused(
-            f"{brief(choice)} is not supported; allowed: {', '.join(CHOICES)}, and "
+            f"{as_json(choice)} is not supported; allowed: {', '.join(CHOICES)}, and "
             'a function by name, {"type": "function", "function": {"name": …}}'
         )
     return by_name(known, named)
@@ -158,7 +158,7 @@ def by_name(functions: tuple[Function, ...], name: str | None) -> Choice:
     """Raises `Refused`."""
     _check_names(functions)
     if all(function.name != name for function in functions):
-        raise _refused(f"{brief(name)} given; tools has {', '.join(function.name for function in functions)}")
+        raise _refused(f"{as_json(name)} given; tools has {', '.join(function.name for function in functions)}")
     return Choice("required", functions, name)
 
 

@@ -248,17 +248,17 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a layer too many": (WEIGHTS_FILE, lambda path: retensor(path, _add), "belongs to no layer"),
     "no configuration": (CONFIG_FILE, lambda path: path.unlink(), "no adapter_config.json in it"),
     "damaged configuration": (CONFIG_FILE, _cut, "not readable as JSON"),
-    "no rank": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.pop("r")), "rank None; allowed: 1 to 256"),
+    "no rank": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.pop("r")), "rank null; allowed: 1 to 256"),
     "a rank of 0": (CONFIG_FILE, lambda path: rewrite(path, lambda f: f.update(r=0)), "rank 0; allowed: 1 to 256"),
     "a rank that is no number": (
         CONFIG_FILE,
         lambda path: rewrite(path, lambda f: f.update(r=True)),
-        "rank True; allo",
+        "rank true; allo",
     ),
     "an alpha that is no number": (
         CONFIG_FILE,
         lambda path: rewrite(path, lambda f: f.update(lora_alpha=True)),
-        "lora_alpha True; expected a numb",
+        "lora_alpha true; expected a numb",
     ),
     "no layers": (
         CONFIG_FILE,

@@ -195,7 +195,7 @@ def test_a_stated_window_that_is_switched_off_means_nothing() -> None:
      ("qwen2-tied", {"use_sliding_window": True, "sliding_window": 8, "layer_types": None, "max_window_layers": "1"},
       "max_window_layers"),
      ("qwen2-tied", {"dual_chunk_attention_config": {"chunk_size": 1}}, "dual_chunk_attention_config"),
-     ("qwen2-tied", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
+     ("qwen2-tied", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, '"longrope"'),
      ("qwen2-tied", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
      ("qwen3", {"attention_bias": True}, "attention_bias"),
      ("qwen3", {"num_experts": 128}, "num_experts"),
@@ -209,7 +209,9 @@ def test_a_stated_window_that_is_switched_off_means_nothing() -> None:
      ("mpnet", {"max_position_embeddings": 2}, "max_position_embeddings"),
      ("mpnet", {"hidden_act": "relu"}, "hidden_act"),
      ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
-     ("bert", {"num_attention_heads": 5}, "hidden_size 32")],
+     ("bert", {"num_attention_heads": 5}, "hidden_size is 32, which is no multiple of num_attention_heads, 5"),
+     ("qwen3", {"head_dim": 7}, "num_attention_heads is 4, num_key_value_heads 2, and a head has 7 numbers"),
+     ("mistral", {"num_key_value_heads": 3}, "num_attention_heads is 4, num_key_value_heads 3, and a head has 8")],
 )  # fmt: skip
 def test_what_is_not_implemented_is_refused_by_name(
     tmp_path: Path, name: str, change: dict[str, object], cause: str

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mlx.utils import tree_flatten
 from engine.checkpoints.loading import load
 from engine.models import rope
 from engine.models.bridge import package, weights
+from engine.models.bridge.arguments import kind_of, types_of
 from engine.models.bridge.configs import _CONTEXT_FIELDS
 from engine.models.bridge.decoder import BridgedDecoder
 from engine.platform.jsonfiles import read_config
@@ -212,6 +214,7 @@ def test_a_llama_4_takes_no_texts_in_which_its_scores_would_be_others(fields: di
         ("glm4_moe_lite", {"scoring_func": "softmax"}),
         ("glm4_moe_lite", {"rope_interleave": False}),
         ("youtu_llm", {"rope_interleave": False}),
+        ("longcat_flash", {"zero_expert_type": "null"}),
         ("gemma3_text", {"final_logit_softcapping": 30.0}),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}),
         ("olmoe", {"clip_qkv": 8.0}),
@@ -224,10 +227,18 @@ def test_what_a_model_file_passes_over_is_refused_by_name(name: str, fields: dic
     weights.network_of(described(name, **dict.fromkeys(fields)), name)
 
 
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", "exaone_moe", "glm4_moe", "glm4_moe_lite", "mimo_v2_flash", "solar_open"]
+)
+def test_another_way_to_choose_experts_than_that_of_the_file_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ModelError, match='topk_method = "greedy" is not supported: mlx-lm computes "noaux_tc"'):
+        weights.network_of(described(name, topk_method="greedy"), name)
+
+
 @pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
 def test_a_gemma_2_without_a_soft_cap_is_refused_by_its_name(name: str) -> None:
     """transformers takes null for none; mlx-lm's file divides by it."""
-    with pytest.raises(ModelError, match=f"{name} = None is not supported"):
+    with pytest.raises(ModelError, match=f"{name} = null is not supported"):
         weights.network_of(described("gemma2", **{name: None}), "gemma2")
 
 
@@ -253,7 +264,7 @@ def test_layers_of_a_granite_4_may_have_the_names_that_newer_releases_of_transfo
     assert args.layer_types == ["mamba", "attention"] * 2
     newer = made_of("granitemoehybrid", filled, layer_types=["linear_attention", FULL] * 2)
     np.testing.assert_array_equal(logits(newer), logits(filled))
-    with pytest.raises(ModelError, match="Unknown layer type"):
+    with pytest.raises(ModelError, match=r"layer_types = .*: a list of texts is needed"):
         made_of("granitemoehybrid", filled, layer_types=["linear_attention", [FULL], 1, None])
 
 
@@ -393,7 +404,7 @@ def test_experts_of_a_jamba_count_by_their_share_of_all_experts() -> None:
         ("bailing_moe_linear", {"group_norm_size": -1}, "group_norm_size = -1"),
         ("dots1", {"n_group": 0}, "n_group = 0"),
         ("longcat_flash", {"n_routed_experts": 0}, "n_routed_experts = 0"),
-        ("bailing_moe", {"num_experts_per_tok": True}, "num_experts_per_tok = True: a whole number is needed"),
+        ("bailing_moe", {"num_experts_per_tok": True}, "num_experts_per_tok = true: an integer from 0 on is needed"),
         ("llama", {"num_hidden_layers": 1 << 40}, "num_hidden_layers = 1099511627776"),
         ("nanbeige", {"num_loops": 10**9}, "num_loops = 1000000000"),
     ],
@@ -408,12 +419,137 @@ def test_a_number_that_mlx_would_divide_by_or_count_to_for_ever_is_refused(
 
 @pytest.mark.parametrize("size", [True, "32", 1.5, [32], math.nan])
 def test_a_size_of_the_part_that_writes_is_refused_by_its_name(size: object) -> None:
-    """Where it stands in an object of its own, no file says what is a number."""
     text = {**config("gemma3")["text_config"], "hidden_size": size}
     with pytest.raises(
-        ModelError, match=rf"config\.json: hidden_size = {re.escape(repr(size))}: a whole number is needed$"
+        ModelError, match=rf"config\.json: hidden_size = {re.escape(json.dumps(size))}: a positive integer is needed$"
     ):
         weights.network_of(described("gemma3", text_config=text), "gemma3")
+
+
+POSITIVE, INTEGER = "a positive number is needed", "a positive integer is needed"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "needed"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": -1}, POSITIVE),
+        ("gemma2", {"query_pre_attn_scalar": math.inf}, POSITIVE),
+        ("gemma2", {"final_logit_softcapping": 0}, POSITIVE),
+        ("gemma", {"rms_norm_eps": -1e-6}, POSITIVE),
+        ("granite", {"logits_scaling": 0}, POSITIVE),
+        ("granite", {"embedding_multiplier": math.inf}, "a number is needed"),
+        ("granite", {"embedding_multiplier": math.nan}, "a number is needed"),
+        ("granite", {"embedding_multiplier": True}, "a number is needed"),
+        ("phi3", {"num_key_value_heads": 0}, INTEGER),
+        ("phi3", {"rope_theta": 0}, POSITIVE),
+        ("gpt2", {"n_layer": 0}, INTEGER),
+        ("gpt2", {"n_embd": -1}, INTEGER),
+        ("deepseek_v3", {"q_lora_rank": 1.5}, INTEGER),
+        ("gemma3_text", {"max_position_embeddings": 0}, INTEGER),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, INTEGER),
+        ("jamba", {"attn_layer_offset": -1}, "an integer from 0 on is needed"),
+        ("jamba", {"attn_layer_offset": 0.5}, "an integer from 0 on is needed"),
+        ("gpt_neox", {"rotary_pct": 0}, "a number above 0 and up to 1 is needed"),
+        ("qwen3_moe", {"mlp_only_layers": [True]}, "a list of whole numbers is needed"),
+        ("lfm2", {"layer_types": [1]}, "a list of texts is needed"),
+        ("llama4_text", {"no_rope_layers": {}}, "a list is needed"),
+        ("mamba2", {"time_step_limit": [-1, -1]}, "a list of two numbers from 0 on, the smaller one first, is needed"),
+        ("mamba2", {"time_step_limit": [1.0]}, "a list of two numbers from 0 on, the smaller one first, is needed"),
+        ("deepseek_v3", {"scoring_func": 1}, "a text is needed"),
+        ("deepseek_v3", {"norm_topk_prob": "no"}, "true or false is needed"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_value_that_no_field_of_its_name_has_is_refused_with_what_it_has(
+    name: str, fields: dict[str, Any], needed: str
+) -> None:
+    (field, value), *_ = fields.items()
+    with pytest.raises(ModelError, match=rf"^config\.json: {field} = {re.escape(json.dumps(value))}: {needed}$"):
+        weights.network_of(described(name, **fields), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("gemma3n", {"num_key_value_heads": 0}, f"num_key_value_heads = 0: {INTEGER}"),
+        ("gemma3n", {"laurel_rank": 0}, f"laurel_rank = 0: {INTEGER}"),
+        ("gemma3n", {"altup_active_idx": 0.5}, "altup_active_idx = 0.5: an integer from 0 on is needed"),
+        ("gemma3n", {"intermediate_size": 0}, f"intermediate_size = 0: {INTEGER}"),
+        ("qwen3_vl", {"rms_norm_eps": -1}, f"rms_norm_eps = -1: {POSITIVE}"),
+        ("gemma4", {"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no": true or false is needed'),
+    ],
+)
+def test_a_value_of_the_part_that_writes_is_held_against_what_its_own_class_takes(
+    name: str, fields: dict[str, Any], said: str
+) -> None:
+    text = {**config(name)["text_config"], **fields}
+    with pytest.raises(ModelError, match=rf"^config\.json: {said}$"):
+        weights.network_of(described(name, text_config=text), name)
+
+
+def test_a_size_that_stands_outside_of_the_part_that_writes_is_looked_at_too() -> None:
+    with pytest.raises(ModelError, match=f"vocab_size = -1: {INTEGER}"):
+        weights.network_of(described("gemma4", vocab_size=-1), "gemma4")
+
+
+PART = "not a number above 0 and up to 1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"partial_rotary_factor": -0.5}, f"partial_rotary_factor is -0.5, {PART}"),
+        ({"rope_parameters": {"partial_rotary_factor": 2.0}}, f"rope_parameters: partial_rotary_factor is 2.0, {PART}"),
+        (
+            {"rope_parameters": {FULL: {"partial_rotary_factor": 0}}},
+            f"rope_parameters: partial_rotary_factor is 0, {PART}",
+        ),
+        ({"rope_parameters": {"rope_theta": {}}}, "rope_parameters: rope_theta is {}, not a positive number"),
+        ({"rope_parameters": {"rope_type": {}}}, "rope_parameters: rope_type is {}, not a text"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, 'rope_parameters: rope_type = "spiral" is not supported'),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], not an object"),
+        ({"rope_scaling": "linear"}, 'rope_scaling is "linear", not an object'),
+        ({"rope_scaling": {"type": 1, "factor": 2.0}}, "rope_scaling: type is 1, not a text"),
+        ({"rope_scaling": {"type": "linear", "factor": {}}}, "rope_scaling: factor is {}, not a positive number"),
+        ({"text_config": "gemma3"}, 'text_config is "gemma3", not an object'),
+    ],
+    ids=str,
+)
+def test_a_value_within_an_object_is_refused_with_the_object_that_the_file_has(
+    fields: dict[str, Any], said: str
+) -> None:
+    """What `rope_parameters` said was shown as of `rope_scaling`, or changed the numbers in silence."""
+    with pytest.raises(ModelError, match=rf"^config\.json: {said}"):
+        weights.network_of(described("glm4_moe", **{"rope_scaling": ABSENT, **fields}), "glm4_moe")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("nemotron_h", {"hybrid_override_pattern": "".join(config("nemotron_h")["hybrid_override_pattern"])}),
+        ("laguna", {"moe_router_logit_softcapping": 0.0}),
+        ("granitemoehybrid", {"num_local_experts": 0, "num_experts_per_tok": 0}),
+        ("llama4_text", {"use_qk_norm": 1}),
+        ("mamba2", {"time_step_limit": [0.0, math.inf]}),
+    ],
+)
+def test_a_value_that_real_folders_have_is_taken(name: str, fields: dict[str, Any]) -> None:
+    weights.network_of(described(name, **fields), name)
+
+
+def test_what_a_file_has_by_default_is_of_the_kind_that_is_asked_of_its_field() -> None:
+    for name in sorted(package.files() - package.REFUSED.keys()):
+        arguments = package.load(name).ModelArgs
+        types = types_of(name, arguments)
+        for each in fields_of(arguments):
+            kind, usual = kind_of(each.name, types), each.default
+            if kind is not None and isinstance(usual, int | float | str | list):
+                assert kind.holds(usual), f"{name}: {each.name}"
+
+
+def test_how_much_of_a_head_is_turned_is_taken_by_the_names_that_the_file_has_for_its_sizes() -> None:
+    stated = described("phixtral", rotary_dim=ABSENT, partial_rotary_factor=0.5)
+    assert weights.network_of(stated, "phixtral")[1].rotary_dim == 4
 
 
 @pytest.mark.parametrize("place", [-1, 3])

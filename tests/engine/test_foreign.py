@@ -172,13 +172,13 @@ def section(**changed: Any) -> dict[str, Any]:
     ("stated", "words"),
     [
         (section(bits=5), "bits = 5 are not supported; of gptq 2, 3, 4, 8 are"),
-        (section(bits=None), "bits = None are not supported"),
+        (section(bits=None), "bits = null are not supported"),
         (section(quant_method="awq", bits=8), "bits = 8 are not supported; of awq 4 are"),
         (section(group_size=0), "group_size = 0: a whole number of at least 1 is needed, or -1"),
-        (section(group_size="32"), "group_size = '32': a whole number"),
-        (section(checkpoint_format="marlin"), "checkpoint_format = 'marlin' is not supported; allowed: gptq, gptq_v2"),
-        (section(quant_method="awq", version="gemv"), "version = 'gemv' is not supported; allowed: gemm"),
-        (section(is_marlin_format=True), "is_marlin_format = True is not supported"),
+        (section(group_size="32"), 'group_size = "32": a whole number'),
+        (section(checkpoint_format="marlin"), 'checkpoint_format = "marlin" is not supported; allowed: gptq, gptq_v2'),
+        (section(quant_method="awq", version="gemv"), 'version = "gemv" is not supported; allowed: gemm'),
+        (section(is_marlin_format=True), "is_marlin_format = true is not supported"),
         (section(dynamic={"+:layers.0": {"bits": 8}}), "dynamic = .* is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [16]}, r"weight_block_size = \[16\]: two whole numbers"),
         (

@@ -132,7 +132,7 @@ def test_what_no_key_of_a_mixture_says_is_as_in_llama_cpp() -> None:
         assert described(architecture, **experts)["moe_intermediate_size"] == 24, "shared by those that are used"
     assert described("qwen2moe", **experts)["shared_expert_intermediate_size"] == 48
     assert described("qwen3moe", **experts)["norm_topk_prob"]
-    with pytest.raises(ModelError, match=r"qwen3moe\.expert_count is None"):
+    with pytest.raises(ModelError, match=r"qwen3moe\.expert_count is missing"):
         described("qwen3moe")
 
 
@@ -163,7 +163,7 @@ def test_scaled_positions_of_gemma_3_are_those_of_its_other_layers() -> None:
         ({"attention.value_length": 7}, "attention.value_length = 7 is not supported; only 6 is"),
         ({"rope.dimension_count": 4}, "rope.dimension_count = 4 is not supported; only 6 is"),
         ({"attention.head_count": [4, 4, 4, 4]}, r"attention.head_count is \[4, 4, 4, 4\], not a positive integer"),
-        ({"embedding_length": None}, "embedding_length is None, not a positive integer"),
+        ({"embedding_length": None}, "embedding_length is missing; a positive integer is needed"),
         ({"expert_count": 4}, "expert_count = 4 is not supported"),
     ],
 )

@@ -75,7 +75,7 @@ def test_codes_of_no_known_width_are_refused(bits: Any) -> None:
     codes = {"dtype": "U32", "shape": [32, 8], "data_offsets": [0, 1024]}
     held = {"a.weight": codes, "a.scales": {"dtype": "F16", "shape": [32, 2], "data_offsets": [1024, 1152]}}
     for section in ({"bits": bits}, {"bits": 4, "a": {"bits": bits}}):
-        with pytest.raises(ModelError, match=f"bits {bits!r} of 'a' is not a number from 1 to 8"):
+        with pytest.raises(ModelError, match=f"bits {json.dumps(bits)} of a is not a number from 1 to 8"):
             stored_forms(held, section, None)
 
 

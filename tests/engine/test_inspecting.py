@@ -160,8 +160,8 @@ def test_what_is_not_supported_is_still_described(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma9"}))
     found = inspect(folder)
     assert (found.kind, found.supported) == ("unknown", False)
-    assert "'gemma9' is not supported" in found.notes[0]
-    with pytest.raises(ModelError, match="'gemma9' is not supported"):
+    assert '"gemma9" is not supported' in found.notes[0]
+    with pytest.raises(ModelError, match='"gemma9" is not supported'):
         verify(folder)
 
 

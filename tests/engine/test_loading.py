@@ -100,9 +100,9 @@ def test_a_tokenizer_may_have_as_many_tokens_as_the_model_and_no_more(folder: Pa
 
 @pytest.mark.parametrize(
     ("config", "cause"),
-    [("{}", "None is not supported. albert, bert, camembert, deberta-v2, distilbert, electra, gte, llama, mistral, "),
-     ('{"model_type": "t5"}', "'t5' generates no text here; its encoder makes vectors"),
-     ('{"model_type": "canine"}', "'canine' is not supported"),
+    [("{}", "null is not supported. albert, bert, camembert, deberta-v2, distilbert, electra, gte, llama, mistral, "),
+     ('{"model_type": "t5"}', '"t5" generates no text here; its encoder makes vectors'),
+     ('{"model_type": "canine"}', '"canine" is not supported'),
      ("[", "config.json"), ("[]", "not a JSON object"), (None, "no config.json")],
 )  # fmt: skip
 def test_what_is_no_supported_model_is_refused(folder: Path, config: str | None, cause: str) -> None:

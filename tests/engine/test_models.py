@@ -286,7 +286,7 @@ def test_pooling_follows_sentence_transformers_files(tmp_path: Path) -> None:
     pooling.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
     assert EmbeddingSpec.from_folder(tmp_path, args).pooling == "cls"
     pooling.write_text(json.dumps({"pooling_mode": "median"}))
-    with pytest.raises(ModelError, match="pooling median is not supported"):
+    with pytest.raises(ModelError, match='pooling "median" is not supported'):
         EmbeddingSpec.from_folder(tmp_path, args)
     (tmp_path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Dense", "path": ""}]))
     with pytest.raises(ModelError, match="Dense"):

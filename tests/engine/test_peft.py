@@ -128,20 +128,20 @@ def write_mlx_lm(folder: Path, weights: LoraWeights) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"fine_tune_type": "full"}, "fine_tune_type 'full'; only 'lora' and 'dora'"),
+        ({"fine_tune_type": "full"}, 'fine_tune_type "full"; only lora and dora'),
         ({"fine_tune_type": "dora"}, "lacks lora_magnitude_vector"),
         ({"lora_parameters": None}, "no lora_parameters"),
         ({"lora_parameters": {"rank": 0, "scale": 2.0}}, "rank 0"),
-        ({"lora_parameters": {"rank": 3, "scale": float("nan")}}, "scale nan"),
+        ({"lora_parameters": {"rank": 3, "scale": float("nan")}}, "scale NaN"),
         ({"lora_parameters": {"rank": 4, "scale": 2.0}}, "this model and rank need"),
         ({"lora_parameters": {"rank": 3, "scale": 2.0, "alpha": 16}}, "alpha"),
         (
             {"lora_parameters": {"rank": 3, "scale": 2.0, "keys": ["self_attn.q_proj"]}},
             "that adapter_config.json leaves",
         ),
-        ({"lora_parameters": {"rank": 3, "scale": 2.0, "keys": "q_proj"}}, "keys q_proj; expected a list"),
+        ({"lora_parameters": {"rank": 3, "scale": 2.0, "keys": "q_proj"}}, 'keys "q_proj"; expected a list'),
         ({"num_layers": 1}, r"layers\.0\..* that adapter_config.json leaves out"),
-        ({"num_layers": "all"}, "num_layers 'all'"),
+        ({"num_layers": "all"}, 'num_layers "all"'),
         ({"lora_layers": 2}, "lora_layers"),
     ],
 )

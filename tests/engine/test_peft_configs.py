@@ -44,7 +44,7 @@ def test_an_adapter_changes_the_layers_that_peft_changes(case: dict[str, Any]) -
 
 @pytest.mark.parametrize(
     ("fields", "cause"),
-    [({"target_modules": "(q"}, "target_modules '.*' is no regular expression"),
+    [({"target_modules": "(q"}, 'target_modules ".*" is no regular expression'),
      ({"target_modules": ["q_proj", 3]}, "target_modules .* neither a pattern nor a list"),
      ({"target_modules": {"q_proj": 1}}, "target_modules .* neither a pattern nor a list"),
      ({"target_modules": "q", "layers_to_transform": [0]}, "layers_to_transform goes with a list"),
@@ -110,7 +110,7 @@ def test_what_the_targets_name_and_the_file_lacks_is_refused_and_what_they_leave
 
 @pytest.mark.parametrize(
     ("fields", "cause"),
-    [({"init_lora_weights": kind}, f"init_lora_weights '{kind}'.*changes the base")
+    [({"init_lora_weights": kind}, f'init_lora_weights "{kind}".*changes the base')
      for kind in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "mica", "another")]
     + [({"use_dora": "yes"}, "use_dora"), ({"use_rslora": 1}, "use_rslora"),
        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),

@@ -320,11 +320,11 @@ def test_layers_may_differ_from_the_rest(folder: Path) -> None:
      ({"group_size": 32, "bits": 4, "mode": "int4"}, "mode 'int4' given; affine, mxfp4, mxfp8, nvfp4 are"),
      ({"group_size": 32, "bits": 4, "mode": ["affine"]}, r"quantization: mode \['affine'\] given; affine"),
      ({"group_size": 32, "bits": 4, "mode": "nvfp4"}, "groups of 32 given; it has 4 bits in groups of 16"),
-     ({"group_size": 32, "bits": 7}, "quantization: 7 bits"), ({"group_size": 32}, "bits None"),
+     ({"group_size": 32, "bits": 7}, "quantization: 7 bits"), ({"group_size": 32}, "bits null"),
      ({"group_size": 64, "bits": 4}, r"the quantized layer '.*' ?: 4 bits in groups of 64"),
      ({"group_size": 32, "bits": 4, "lm_head": {"group_size": 32, "bits": 8}}, "'lm_head': 8 bits"),
-     ({"group_size": 32, "bits": 4, "lm_head": {"bits": 8}}, "quantization: lm_head: group_size None"),
-     ({"quant_method": "awq", "bits": 4}, "group_size None")],
+     ({"group_size": 32, "bits": 4, "lm_head": {"bits": 8}}, "quantization: lm_head: group_size null"),
+     ({"quant_method": "awq", "bits": 4}, "group_size null")],
 )  # fmt: skip
 def test_a_section_that_does_not_fit_is_named(folder: Path, section: dict[str, object], cause: str) -> None:
     rewrite(folder / "config.json", quantization=section, quantization_config=section)

@@ -208,9 +208,9 @@ def test_a_large_copy_has_several_files_and_their_index(tmp_path: Path, monkeypa
     [
         ("gpt2", {}, {"recipe": "mixed_3_6", "group_size": 32}, "a recipe needs layers called down_proj"),
         ("phi3", {"quantization": {"bits": 4, "group_size": 32}}, {}, "quantized already"),
-        ("phi3", {"model_type": "olmo"}, {}, "architecture 'olmo' is not supported: its file needs the package"),
-        ("phi3", {"model_type": "phi33"}, {}, "architecture 'phi33' is not supported; the nearest names are phi3"),
-        ("phi3", {"hidden_act": "relu"}, {}, "hidden_act = 'relu' is not supported"),
+        ("phi3", {"model_type": "olmo"}, {}, 'architecture "olmo" is not supported: its file needs the package'),
+        ("phi3", {"model_type": "phi33"}, {}, 'architecture "phi33" is not supported; the nearest names are phi3'),
+        ("phi3", {"hidden_act": "relu"}, {}, 'hidden_act = "relu" is not supported'),
         ("phi3", {"num_hidden_layers": 5}, {}, "Missing 6 parameters: model.layers.4"),
     ],
 )

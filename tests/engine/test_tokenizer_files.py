@@ -72,14 +72,14 @@ def test_the_templates_file_of_processors_counts_where_there_is_no_other(tmp_pat
     [
         ("tokenizer_config.json", {"added_tokens_decoder": ["<a>"]}, "added_tokens_decoder is not an object"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"one": "<a>"}}, "added_tokens_decoder is not an object"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"330": {}}}, r"added_tokens_decoder\[330\] is '\{\}'"),
-        ("tokenizer_config.json", {"eos_token": 5}, "eos_token is '5', not a token's text or object"),
-        ("tokenizer_config.json", {"eos_token": ""}, "eos_token is '', not a token's text"),
-        ("tokenizer_config.json", {"extra_special_tokens": "<a>"}, "extra_special_tokens is a str, not a list"),
-        ("tokenizer_config.json", {"additional_special_tokens": [7]}, r"extra_special_tokens\[0\] is '7'"),
-        ("tokenizer_config.json", {"truncation_side": "middle"}, 'truncation_side is \'middle\'; "left" and "right"'),
-        ("tokenizer_config.json", {"padding_side": "top"}, 'padding_side is \'top\'; "left" and "right"'),
-        ("tokenizer_config.json", {"split_special_tokens": "yes"}, "split_special_tokens is 'yes', not true or false"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"330": {}}}, r"added_tokens_decoder\[330\] is \{\}"),
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, not a token's text or object"),
+        ("tokenizer_config.json", {"eos_token": ""}, 'eos_token is "", not a token\'s text'),
+        ("tokenizer_config.json", {"extra_special_tokens": "<a>"}, 'extra_special_tokens is "<a>", not a list'),
+        ("tokenizer_config.json", {"additional_special_tokens": [7]}, r"extra_special_tokens\[0\] is 7"),
+        ("tokenizer_config.json", {"truncation_side": "middle"}, 'truncation_side is "middle"; "left" and "right"'),
+        ("tokenizer_config.json", {"padding_side": "top"}, 'padding_side is "top"; "left" and "right"'),
+        ("tokenizer_config.json", {"split_special_tokens": "yes"}, 'split_special_tokens is "yes", not true or false'),
         ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "chat_template is neither a text nor a list"),
         ("tokenizer_config.json", {"eos_token": "\ud83d"}, "half a surrogate pair"),
         ("special_tokens_map.json", {"eos_token": [1]}, "eos_token is"),
@@ -134,7 +134,7 @@ def test_a_text_that_a_vocabulary_cannot_hold_is_that_texts_error() -> None:
 
 def test_a_switch_of_a_class_that_is_no_switch_is_refused(tmp_path: Path) -> None:
     files = {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "do_lower_case": "no"}}
-    with pytest.raises(ModelError, match="do_lower_case is 'no', not true or false"):
+    with pytest.raises(ModelError, match='do_lower_case is "no", not true or false'):
         Tokenizer.from_folder(folder(tmp_path, "words", files))
 
 

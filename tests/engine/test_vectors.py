@@ -139,23 +139,23 @@ def changed(tmp_path: Path, name: str, file: str, change: dict[str, Any]) -> Pat
 
 @pytest.mark.parametrize(
     ("name", "change", "cause"),
-    [("xlm-roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
-     ("xlm-roberta", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+    [("xlm-roberta", {"position_embedding_type": "relative_key"}, 'position_embedding_type = "relative_key"'),
+     ("xlm-roberta", {"hidden_act": "relu"}, 'hidden_act = "relu"'),
      ("xlm-roberta", {"adapter_layers": 2}, "the field adapter_layers = 2"),
      ("xlm-roberta", {"pad_token_id": -1}, "pad_token_id is -1, not an integer from 0 on"),
      ("xlm-roberta", {"pad_token_id": 65}, "the first 66 of them are for padding"),
      ("xlm-roberta", {"auto_map": {"AutoModel": "own.Own"}}, "auto_map"),
-     ("modernbert", {"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+     ("modernbert", {"hidden_activation": "silu"}, 'hidden_activation = "silu"'),
      ("modernbert", {"layer_types": ["full_attention"] * 4}, "layer_types .* is not a list of 5 times"),
      ("modernbert", {"layer_types": ["full_attention"] * 4 + ["chunked_attention"]}, "chunked_attention"),
      ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, "rope_type"),
      ("modernbert", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters .* is not"),
      ("modernbert", {"rope_parameters": {"full_attention": {"rope_theta": -1.0}}}, "rope_theta is -1.0"),
      ("modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
-     ("modernbert", {"local_attention": "wide"}, "local_attention is 'wide'"),
+     ("modernbert", {"local_attention": "wide"}, 'local_attention is "wide"'),
      ("modernbert", {"norm_bias": 1}, "norm_bias is 1, not true or false"),
      ("modernbert", {"num_attention_heads": 5}, "a head's size must be whole and even"),
-     ("qwen3-embedding", {"is_causal": False}, "is_causal = False"),
+     ("qwen3-embedding", {"is_causal": False}, "is_causal = false"),
      ("modernbert", {"own": 1}, "the field own = 1")],
 )  # fmt: skip
 def test_what_a_config_asks_for_in_vain_is_refused_by_name(
@@ -266,24 +266,24 @@ def test_a_layer_behind_the_pooling_that_holds_no_numbers_is_found(tmp_path: Pat
     ("name", "change", "cause"),
     [("embeddinggemma", {"use_bidirectional_attention": None}, "use_bidirectional_attention is not true"),
      ("embeddinggemma", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
-     ("embeddinggemma", {"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+     ("embeddinggemma", {"hidden_activation": "silu"}, 'hidden_activation = "silu"'),
      ("embeddinggemma", {"layer_types": ["full_attention"] * 4}, "layer_types .* is not a list of 7 times"),
      ("embeddinggemma", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters .* is not supported"),
-     ("embeddinggemma", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type = 'yarn'"),
-     ("embeddinggemma", {"num_key_value_heads": 3}, "4 heads over 3 of keys"),
+     ("embeddinggemma", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, 'rope_type = "yarn"'),
+     ("embeddinggemma", {"num_key_value_heads": 3}, "num_attention_heads is 4, num_key_value_heads 3 and head_dim 16"),
      ("embeddinggemma", {"auto_map": {"AutoModel": "own.Own"}}, "auto_map"),
      ("nomic-bert", {"n_embd": 64}, "n_embd is 64, and hidden_size, which is the same, 32"),
      ("nomic-bert", {"rotary_scaling_factor": 2}, "rotary_scaling_factor = 2 is not supported"),
      ("nomic-bert", {"rotary_emb_fraction": 0.5}, "rotary_emb_fraction = 0.5"),
-     ("nomic-bert", {"prenorm": True}, "prenorm = True"),
+     ("nomic-bert", {"prenorm": True}, "prenorm = true"),
      ("nomic-bert", {"moe_every_n_layers": 2}, "the field moe_every_n_layers = 2"),
-     ("nomic-bert", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'|factor"),
+     ("nomic-bert", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 'rope_type = "dynamic"|factor'),
      ("nomic-bert", {"head_dim": 4}, "head_dim = 4"),
      ("nomic-bert", {"num_attention_heads": 32, "head_dim": None}, "a head's size must be whole and even"),
      ("nomic-bert", {"architectures": ["NomicBertForSequenceClassification"]}, None),
-     ("gte", {"hidden_act": "silu"}, "hidden_act = 'silu'"),
+     ("gte", {"hidden_act": "silu"}, 'hidden_act = "silu"'),
      ("gte", {"type_vocab_size": 2}, "token_type_embeddings"),
-     ("gte", {"model_type": "new"}, "'new' is not supported")],
+     ("gte", {"model_type": "new"}, '"new" is not supported')],
 )  # fmt: skip
 def test_what_the_newer_architectures_do_not_do_is_refused_by_name(
     tmp_path: Path, name: str, change: dict[str, Any], cause: str | None
@@ -291,7 +291,7 @@ def test_what_the_newer_architectures_do_not_do_is_refused_by_name(
     path = changed(tmp_path, name, "config.json", change)
     if cause is None:
         (path / "modules.json").unlink()
-        cause = "cross-encoder of model_type 'nomic_bert' is not supported"
+        cause = 'cross-encoder of model_type "nomic_bert" is not supported'
     with pytest.raises(ModelError, match=cause):
         load("it", [str(path)])
 

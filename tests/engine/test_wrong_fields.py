@@ -18,6 +18,7 @@ from engine.models.allowed import RENAMED, TABLES
 from engine.models.embedders import encoder
 from engine.models.fields import INDEX, KINDS
 from stoker.errors import ModelError
+from tests.engine.bridged import write_folder
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 #: One folder of each architecture.
@@ -26,6 +27,8 @@ FOLDERS = {
     for group in ("rerankers", "vectors", "architectures")
     for path in sorted((GOLDENS / group).glob("*/config.json"))
 }
+#: What no architecture has by default.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 WRONG: tuple[Any, ...] = (True, False, 0, -1, 1.5, "8", [], {}, 1e30, float("nan"))
 
 
@@ -45,7 +48,7 @@ def wrong(name: str) -> Iterator[Any]:
 def refused(config: dict[str, Any], where: str, called: str, name: str, value: object) -> None:
     # Where 0 is none, an architecture may need some.
     words = {KINDS[name].words, *(["a positive integer"] if KINDS[name] is INDEX else [])}
-    said = re.escape(f"{where}: {called} is {value!r}, not ")
+    said = re.escape(f"{where}: {called} is {json.dumps(value)}, not ")
     with pytest.raises(ModelError, match=f"{said}({'|'.join(words)})$"):
         # Nothing of the weights is there to be asked for.
         encoder(config, object())  # type: ignore[arg-type]
@@ -89,13 +92,70 @@ def test_inspecting_calls_a_wrong_size_by_the_name_that_the_file_has(
     shutil.copytree(GOLDENS / group / name, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, field: True}))
-    with pytest.raises(ModelError, match=rf"config\.json: {field} is True, not {kind}"):
+    with pytest.raises(ModelError, match=rf"config\.json: {field} is true, not {kind}"):
+        inspect(folder)
+
+
+def respelled(architecture: str, *, own: bool) -> dict[str, Any]:
+    """Its config.json with the architecture's own names of fields, or with the usual ones."""
+    config: dict[str, Any] = json.loads((FOLDERS[architecture] / "config.json").read_text())
+    names = RENAMED.get(architecture, {})
+    for original, name in names.items():
+        values = [config.pop(each) for each in (original, name) if each in config]
+        config |= {(original if own else name): value for value in values}
+    return config
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own names", "usual names"])
+@pytest.mark.parametrize("architecture", RENAMED)
+def test_a_size_that_is_missing_is_called_as_the_file_calls_the_others(architecture: str, own: bool) -> None:
+    config = respelled(architecture, own=own)
+    for original, name in RENAMED[architecture].items():
+        called = original if own else name
+        if name in SIZES:
+            with pytest.raises(ModelError, match=rf"^config\.json: {called} is missing; a positive integer is needed$"):
+                encoder({key: value for key, value in config.items() if key != called}, object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", RENAMED)
+def test_where_a_file_has_no_size_at_all_one_is_called_as_its_architecture_does(architecture: str) -> None:
+    config = respelled(architecture, own=True)
+    bare = {key: value for key, value in config.items() if key not in RENAMED[architecture]}
+    with pytest.raises(ModelError, match=rf"json: ({'|'.join(RENAMED[architecture])}) is missing"):
+        encoder(bare, object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("architecture", "dim", "heads"), [
+    ("nomic_bert", "n_embd", "n_head"), ("distilbert", "dim", "n_heads"),
+    ("bert", "hidden_size", "num_attention_heads"), ("gte", "hidden_size", "num_attention_heads"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit_are_called_as_the_file_calls_them(architecture: str, dim: str, heads: str) -> None:
+    config = {**respelled(architecture, own=True), heads: 5}
+    with pytest.raises(ModelError, match=rf"^config\.json: {dim} is \d+, .*{heads},? 5"):
+        encoder(config, object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("group", "name", "field"), [
+    ("vectors", "t5", "d_model"), ("vectors", "distilbert", "n_heads"), ("decoders", "mixtral", "num_hidden_layers"),
+    ("own", "gpt2", "n_layer"),
+])  # fmt: skip
+def test_inspecting_calls_a_missing_size_by_the_name_that_the_architecture_has(
+    tmp_path: Path, group: str, name: str, field: str
+) -> None:
+    folder = tmp_path / "m"
+    if group == "own":
+        write_folder(folder, name)
+    else:
+        shutil.copytree(GOLDENS / group / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != field}))
+    with pytest.raises(ModelError, match=rf"config\.json: {field} is missing; a positive integer is needed"):
         inspect(folder)
 
 
 @pytest.mark.parametrize(("name", "change", "said"), [
-    ("electra", {"sentence_transformers": {"activation_fn": []}}, r"activation_fn '\[\]' is not supported"),
-    ("deberta-v2", {"pooler_hidden_act": {}}, r"pooler_hidden_act = '{}' is not supported"),
+    ("electra", {"sentence_transformers": {"activation_fn": []}}, r"activation_fn \[\] is not supported"),
+    ("deberta-v2", {"pooler_hidden_act": {}}, r"pooler_hidden_act = {} is not supported"),
 ])  # fmt: skip
 def test_a_list_or_an_object_in_place_of_a_name_is_refused(
     tmp_path: Path, name: str, change: dict[str, Any], said: str

@@ -222,7 +222,19 @@ OF_EMBEDDINGS = f"Allowed: {', '.join(EmbeddingBody.model_fields)}."
         ),
         (
             {"model": "m", "input": "a", "dimensions": "4"}, "dimensions", "invalid_value",
-            "dimensions: '4' given; expected a whole number.",
+            'dimensions: "4" given; expected a whole number.',
+        ),
+        (
+            {"model": "m", "input": "a", "dimensions": True}, "dimensions", "invalid_value",
+            "dimensions: true given; expected a whole number.",
+        ),
+        (
+            {"model": "m", "input": "a", "encoding_format": "hex"}, "encoding_format", "invalid_value",
+            'encoding_format: "hex" given; expected "float" or "base64".',
+        ),
+        (
+            {"model": "m", "input": [None]}, "input", "invalid_value",
+            "input: [null] given; expected a text, or a list of texts. Token ids are not supported.",
         ),
         (
             {"model": "m", "input": "a", "dimensons": 4}, "dimensons", "unknown_parameter",
@@ -249,7 +261,7 @@ def test_a_field_of_a_field_is_said_by_its_way_and_one_that_stoker_lacks_with_wh
         assert message == f"{name}: [] given; expected at least 1 item."
     form = {"model": "m", "messages": SAID, "response_format": "json"}
     message = refusal(lambda: checked_body(chat.ChatBody, form)).message
-    assert message == "response_format: 'json' given; expected an object."
+    assert message == 'response_format: "json" given; expected an object.'
     tools = {"model": "m", "max_tokens": 1, "messages": SAID, "tools": [{"type": "bash_20250124", "name": "bash"}]}
     assert refusal(lambda: checked_body(anthropic.MessagesBody, tools)).param == "tools.0.type"
     extra = {"model": "m", "messages": [{"role": "user", "content": "a", "weight": 1}]}
@@ -305,7 +317,7 @@ def test_every_field_that_may_ask_for_nothing_is_looked_at() -> None:
         (b'{"model": "\xed\xa0\x80"}', "the body cannot be read as JSON"),
         ('{"model": "\\ud800"}'.encode("utf-16"), "the body cannot be read as JSON"),
         (b"[1]", "the body is [1]; expected a JSON object."),
-        (b"null", "the body is None; expected a JSON object."),
+        (b"null", "the body is null; expected a JSON object."),
     ],
 )
 def test_a_body_that_is_no_object_of_json_is_one_error(raw: bytes, said: str) -> None:
@@ -449,7 +461,7 @@ def test_a_models_name_has_a_base_and_may_have_an_adapter(name: str, found: tupl
     for wrong in ("base:", "", ":style"):
         refused = refusal(lambda: call(Caller()).model(wrong))  # noqa: B023
         assert (refused.status, refused.param) == (404, "model")
-        assert refused.message == f"model: {wrong!r} given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION."
+        assert refused.message == f'model: "{wrong}" given; expected BASE, BASE:ADAPTER or BASE:ADAPTER@VERSION.'
 
 
 def test_a_job_is_sent_under_the_api_keys_name_or_where_there_are_none_under_the_users() -> None:

@@ -73,7 +73,7 @@ def test_an_unknown_adapter_is_refused_with_those_there_are(client: Client) -> N
 def test_a_bad_line_of_a_dataset_is_named(client: Client, tmp_path: Path) -> None:
     path = tmp_path / "style.jsonl"
     path.write_text('{"text": "fine"}\n\n{"text": 3}\n')
-    with pytest.raises(DatasetError, match=r"style\.jsonl, line 3: text is a int"):
+    with pytest.raises(DatasetError, match=r"style\.jsonl, line 3: text is 3"):
         client.train("x", path, model=endless.MODEL)
 
 

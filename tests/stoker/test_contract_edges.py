@@ -16,7 +16,7 @@ from stoker.contract.freeform import MAX_DEPTH, check_json
 from stoker.contract.names import Rule, follows
 from stoker.contract.requests import ChatMessage
 from stoker.contract.results import Completion, RerankResult, ToolCall, Usage
-from stoker.contract.shown import brief, cut, printable
+from stoker.contract.shown import as_json, brief, cut, printable
 from stoker.contract.vectors import Int8Vectors, is_of
 from stoker.errors import DatasetError
 
@@ -240,6 +240,32 @@ def test_what_a_terminal_could_take_for_an_order_is_not_shown() -> None:
     assert [brief("x" * 70), brief("x" * 58), cut("x" * 5, 5), cut("x" * 6, 5)] == [
         f"'{'x' * 58}…", f"'{'x' * 58}'", "xxxxx", "xxxx…",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (True, "true"),
+        (None, "null"),
+        ([False, 1, 2.5, {"a": None}], '[false, 1, 2.5, {"a": null}]'),
+        (float("nan"), "NaN"),
+        ('a "b"日\n', '"a \\"b\\"日\\n"'),
+        ("\x1b[2K\x9b\u202e\ud800\U000e0001", r'"\u001b[2K\u009b\u202e\ud800\udb40\udc01"'),
+        ("x" * 98, f'"{"x" * 98}"'),
+        ("x" * 99, f'"{"x" * 98}…'),
+        ([1] * 50, f"[{'1, ' * 32}1,…"),
+        (b"x", "b'x'"),
+    ],
+)
+def test_a_value_of_a_json_file_is_shown_on_one_line_as_json_spells_it(value: object, shown: str) -> None:
+    assert as_json(value) == shown
+
+
+def test_a_value_that_lies_too_deep_is_shown_by_its_type() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert as_json(deep) == "an object of type list that cannot be shown"
 
 
 def test_where_a_bundle_comes_from_is_said_if_it_is_one_line() -> None:

@@ -40,7 +40,7 @@ def test_a_line_end_that_a_read_cuts_in_two_is_one_line_end(monkeypatch: pytest.
 
 def test_a_role_that_no_conversation_has_is_named() -> None:
     rows = [{"messages": [{"role": "robot", "content": "Hello"}, {"role": "assistant", "content": "Aye"}]}]
-    with pytest.raises(DatasetError, match=r"message 1: role 'robot' given; allowed: system, user, assistant"):
+    with pytest.raises(DatasetError, match=r"message 1: role \"robot\" given; allowed: system, user, assistant"):
         list(iterate_mappings(rows, "x"))
 
 
@@ -91,15 +91,15 @@ def test_utf_16_is_named(tmp_path: Path, encoding: str) -> None:
         (b"{", "not JSON"),
         (b"text", "not JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
-        (b"3", "a int given; expected an object"),
-        (b'["text"]', "a list given; expected an object"),
+        (b"3", "3 given; expected an object"),
+        (b'["text"]', '["text"] given; expected an object'),
         (b"{}", "no fields given"),
         (b'{"txt": "a"}', "txt given"),
         (b'{"text": "a", "completion": "b"}', "completion, text given"),
         (b'{"prompt": "a"}', "prompt given"),
-        (b'{"text": null}', "text is a NoneType; expected text"),
-        (b'{"text": "a", "text": "b"}', "the field 'text' is there twice; name each once"),
-        (b'{"prompt": 3, "completion": "a"}', "prompt is a int; expected text"),
+        (b'{"text": null}', "text is null; expected text"),
+        (b'{"text": "a", "text": "b"}', 'the field "text" is there twice; name each once'),
+        (b'{"prompt": 3, "completion": "a"}', "prompt is 3; expected text"),
         (b'{"text": " "}', "the text to learn is empty"),
         (b'{"prompt": "a", "completion": ""}', "the text to learn is empty"),
         (b"1" * 5000, "not JSON"),
@@ -125,7 +125,7 @@ def test_to_find_which_field_is_there_twice_each_name_is_looked_at_a_few_times()
             return str(self) == str(other)
 
     names = [Name(f"field-{number}") for number in range(1000)]
-    with pytest.raises(lines.RepeatedField, match="the field 'field-999' is there twice"):
+    with pytest.raises(lines.RepeatedField, match='the field "field-999" is there twice'):
         lines.unrepeated([(name, 0) for name in (*names, Name("field-999"))])
     assert compared < 100 * len(names)
 
@@ -180,7 +180,7 @@ def test_half_a_surrogate_pair_is_named_by_its_line(tmp_path: Path) -> None:
 
 
 def test_a_wrong_object_is_named_by_its_place() -> None:
-    with pytest.raises(DatasetError, match=r"^dataset, item 2: a str given"):
+    with pytest.raises(DatasetError, match=r'^dataset, item 2: "wrong" given'):
         list(iterate_mappings([{"text": "fine"}, "wrong"], "dataset"))  # type: ignore[list-item]
 
 

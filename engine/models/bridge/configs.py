@@ -14,7 +14,8 @@ from typing import Any
 from engine.models.allowed import MISTRAL_WINDOW
 from engine.models.bridge import counts, package
 from engine.models.bridge.spelling import PARTS, read_names
-from engine.models.fields import Fields, check_kind
+from engine.models.fields import KINDS, OBJECT, Fields, check_kind
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 _SILU = ("silu", "swish")
@@ -35,11 +36,16 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "deepseek": {"norm_topk_prob": False, "scoring_func": "softmax"},
-    "deepseek_v3": {"scoring_func": "sigmoid", "rope_interleave": True},
+    "deepseek_v3": {"scoring_func": "sigmoid", "rope_interleave": True, "topk_method": "noaux_tc"},
     "falcon_h1": {"attention_in_multiplier": 1.0},  # of values
-    "glm4_moe_lite": {"scoring_func": "sigmoid", "rope_interleave": True},
+    "glm4_moe_lite": {"scoring_func": "sigmoid", "rope_interleave": True, "topk_method": "noaux_tc"},
     **{file: {"final_logit_softcapping": None, "attn_logit_softcapping": None} for file in ("gemma3", "gemma3_text")},
     "olmoe": {"clip_qkv": None},
+    **{
+        file: {"topk_method": "noaux_tc"}
+        for file in ("exaone_moe", "glm4_moe", "kimi_k25", "kimi_vl", "mimo_v2_flash", "solar_open")
+    },
+    **{file: {"zero_expert_type": "identity"} for file in ("longcat_flash", "longcat_flash_ngram")},
     "youtu_llm": {"rope_interleave": True},
 }
 #: Model file -> what transformers takes null for, and it does not.
@@ -48,6 +54,7 @@ _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", 
 #: Types of rope that `initialize_rope` and the model files compute as transformers does.
 _ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "deepseek_yarn", "telechat3-yarn", "longrope", "su",
           "proportional", "mrope")  # fmt: skip
+_ROPE_OBJECTS, _TYPES = ("rope_parameters", "rope_scaling"), ("rope_type", "type")
 #: Code of the checkpoint's own, which never runs.
 _CODE = ("model_file",)
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
@@ -72,10 +79,11 @@ class BridgeArgs:
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part that says what the language model is: of a model that also sees, `text_config`. Raises `ModelError`."""
     inner = config.get("text_config")
-    if not isinstance(inner, Mapping):
+    if inner is None:
         return config
+    OBJECT.check(inner, "text_config", "config.json")
     if not isinstance(inner.get("model_type"), str | type(None)):
-        raise ModelError(f"config.json: text_config: model_type = {inner['model_type']!r}: a text is needed")
+        raise ModelError(f"config.json: text_config: model_type = {as_json(inner['model_type'])}: a text is needed")
     return {**config, **inner}
 
 
@@ -84,42 +92,42 @@ def check(config: Mapping[str, Any], file: str, args_class: type) -> None:
     for name in _CODE:
         if config.get(name):
             raise ModelError(
-                f"config.json: {name} = {config[name]!r} is code of the checkpoint's own, which never runs"
+                f"config.json: {name} = {as_json(config[name])} is code of the checkpoint's own, which never runs"
             )
     text = text_config(config)
     if text.get("use_bidirectional_attention") is True:
         raise ModelError(
-            "config.json: use_bidirectional_attention = True is not supported for a model that generates: such a one "
+            "config.json: use_bidirectional_attention = true is not supported for a model that generates: such a one "
             "embeds, by its modules.json, which is missing"
         )
-    counts.check(text, file, args_class)
+    for part in [config] if text is config else [config, text]:
+        counts.check(part, file, args_class)
     known = read_names(file, (each.name for each in fields(args_class)))
     nested = "text_config" in known
     for name, computed in _FIXED.get(file, {}).items():
         if text.get(name) not in (None, computed):
             raise ModelError(
-                f"config.json: {name} = {text[name]!r} is not supported: mlx-lm computes {computed!r} for this one"
+                f"config.json: {name} = {as_json(text[name])} is not supported: mlx-lm computes "
+                f"{as_json(computed)} for this one"
             )
     for name in _NUMBERS.get(file, ()):
         if name in text and text[name] is None:
-            raise ModelError(f"config.json: {name} = None is not supported: mlx-lm's file needs a number there")
+            raise ModelError(f"config.json: {name} = null is not supported: mlx-lm's file needs a number there")
     rotated = text.get("partial_rotary_factor")
     if rotated not in (None, 1.0) and not (nested or known & PARTS):
         raise ModelError(
-            f"config.json: partial_rotary_factor = {rotated!r} is not supported: mlx-lm rotates all of a head for this "
-            "architecture"
+            f"config.json: partial_rotary_factor = {as_json(rotated)} is not supported: mlx-lm rotates all of a head "
+            "for this architecture"
         )
     if file != "exaone4":  # its pattern was made of the list (`spelling.py`)
         _check_layer_types(text, known, args_class)
     for name in _ACTIVATION_FIELDS:
         _check_activation(text, name, file, taken=name in known)
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in _ROPE_OBJECTS:
         value = text.get(name)
-        if not isinstance(value, Mapping):
-            continue
-        for each in [part for part in value.values() if isinstance(part, Mapping)] or [value]:
-            # What `rope_parameters` says is given to the file as `rope_scaling` (`spelling.py`).
-            read = {name, "rope_scaling"} if name == "rope_parameters" else {name}
+        # What `rope_parameters` says is given to the file as `rope_scaling` (`spelling.py`).
+        read = {name, "rope_scaling"} if name == "rope_parameters" else {name}
+        for each in _ropes(value) if isinstance(value, Mapping) else ():
             _check_rope(each, f"config.json: {name}", taken=nested or bool(read & known))
 
 
@@ -130,10 +138,14 @@ def _check_layer_types(text: Mapping[str, Any], known: frozenset[str], args_clas
     if "sliding_window_pattern" not in known or "layer_types" in known or not isinstance(types, list):
         return
     if type(pattern) is not int or pattern < 1:
-        raise ModelError(f"config.json: sliding_window_pattern = {pattern!r}: a whole number of at least 1 is needed")
+        raise ModelError(
+            f"config.json: sliding_window_pattern = {as_json(pattern)}: a whole number of at least 1 is needed"
+        )
     counted = [("sliding" if place % pattern else "full") + "_attention" for place in range(1, len(types) + 1)]
     if types != counted:
-        raise ModelError(f"config.json: layer_types = {types} are not supported: mlx-lm has {counted} for this one")
+        raise ModelError(
+            f"config.json: layer_types = {as_json(types)} are not supported: mlx-lm has {as_json(counted)} for this one"
+        )
 
 
 def _check_activation(text: Mapping[str, Any], name: str, file: str, *, taken: bool) -> None:
@@ -141,18 +153,36 @@ def _check_activation(text: Mapping[str, Any], name: str, file: str, *, taken: b
     if value is None or taken or value in allowed:
         return
     raise ModelError(
-        f"config.json: {name} = {value!r} is not supported: mlx-lm computes {' or '.join(allowed)} for this one"
+        f"config.json: {name} = {as_json(value)} is not supported: mlx-lm computes {' or '.join(allowed)} for this one"
     )
 
 
+def check_ropes(config: Mapping[str, Any]) -> None:
+    """Raise `ModelError` for a value that none of RoPE's fields has, before any is read under other names."""
+    text = text_config(config)
+    check_kind(text.get("partial_rotary_factor"), "partial_rotary_factor", "config.json")
+    for name in _ROPE_OBJECTS:
+        value = text.get(name)
+        check_kind(value, name, "config.json")
+        for each in (value, *_ropes(value)) if isinstance(value, Mapping) else ():
+            for field, part in each.items():
+                check_kind(part, field, f"config.json: {name}")
+                if field in _TYPES and part is not None and not isinstance(part, str):
+                    raise ModelError(f"config.json: {name}: {field} is {as_json(part)}, not a text")
+
+
+def _ropes(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """One for each kind of layers, or one for all."""
+    return [part for name, part in value.items() if isinstance(part, Mapping) and name not in KINDS] or [value]
+
+
 def _check_rope(value: Mapping[str, Any], where: str, *, taken: bool) -> None:
-    for name, part in value.items():
-        check_kind(part, name, where)
     kind = value.get("rope_type", value.get("type", "default"))
+    named = "rope_type" if "rope_type" in value else "type"
     if kind not in _ROPES:
-        raise ModelError(f"{where} of type {kind!r} is not supported; {', '.join(_ROPES)} are")
+        raise ModelError(f"{where}: {named} = {as_json(kind)} is not supported; {', '.join(_ROPES)} are")
     if kind != "default" and not taken:
-        raise ModelError(f"{where} of type {kind!r} is not supported: mlx-lm has none for this architecture")
+        raise ModelError(f"{where}: {named} = {as_json(kind)} is not supported: mlx-lm has none for this architecture")
 
 
 def context_of(config: Mapping[str, Any], args: object, *, attends: bool) -> int:

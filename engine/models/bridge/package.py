@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 RELEASE = "0.32.2"
@@ -114,10 +115,10 @@ def reads_window(name: str) -> bool:
 def unknown(kind: object, own: tuple[str, ...]) -> ModelError:
     """What to say of a `model_type` that neither this engine (`own`) nor mlx-lm has."""
     if isinstance(kind, str) and REMAPPING.get(kind, kind) in REFUSED:
-        return ModelError(f"architecture {kind!r} is not supported: {REFUSED[REMAPPING.get(kind, kind)]}")
+        return ModelError(f"architecture {as_json(kind)} is not supported: {REFUSED[REMAPPING.get(kind, kind)]}")
     if kind == "t5":
         return ModelError(
-            "architecture 't5' generates no text here; its encoder makes vectors, of a folder with a modules.json of "
+            'architecture "t5" generates no text here; its encoder makes vectors, of a folder with a modules.json of '
             "sentence-transformers"
         )
     known = sorted({*own, *files(), *REMAPPING} - REFUSED.keys())
@@ -126,7 +127,8 @@ def unknown(kind: object, own: tuple[str, ...]) -> ModelError:
     if folder() is None:
         said += f". mlx-lm {RELEASE}, which has most, is not installed: pip install --no-deps mlx-lm=={RELEASE}"
     return ModelError(
-        f"architecture {kind!r} is not supported{said}. {', '.join(own)} and mlx-lm's {len(files())} model files are"
+        f"architecture {as_json(kind)} is not supported{said}. {', '.join(own)} and mlx-lm's {len(files())} model "
+        "files are"
     )
 
 

@@ -15,6 +15,7 @@ from engine.models.bridge import package
 from engine.models.bridge.configs import text_config
 from engine.models.fields import Fields
 from engine.models.rope import yarn_gain
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 
@@ -44,8 +45,6 @@ def correct(network: nn.Module, file: str, config: Mapping[str, Any]) -> None:
 def _turn_a_part(network: nn.Module, text: Mapping[str, Any]) -> None:
     """GLM-4 turns a part of each head, half of it where no field says how much; mlx-lm's file turns all of it."""
     factor = Fields(text, "config.json").number("partial_rotary_factor", 0.5)
-    if factor > 1.0:
-        raise ModelError(f"config.json: partial_rotary_factor = {factor!r}: a head is turned up to 1.0 of it")
     made = {
         path: nn.RoPE(int(old.dims * factor), traditional=old.traditional, base=old.base)
         for path, old in network.named_modules()
@@ -84,7 +83,7 @@ def _replace(
     network: nn.Module, turned: Mapping[str, nn.Module], scaling: Mapping[str, Any], text: Mapping[str, Any]
 ) -> None:
     if len({(each.dims, each.base) for each in turned.values()}) != 1:
-        raise ModelError(f"config.json: rope_scaling {dict(scaling)} is not supported: mlx-lm passes over it")
+        raise ModelError(f"config.json: rope_scaling {as_json(dict(scaling))} is not supported: mlx-lm passes over it")
     make = package.load("rope_utils").initialize_rope
     longest = text.get("max_position_embeddings")
     try:
@@ -101,7 +100,9 @@ def _choose_factors(module: nn.Module, scaling: Mapping[str, Any], text: Mapping
     if (longest is None or longest <= original) and "short_factor" in scaling:
         sides = [np.array(scaling[name]) for name in ("long_factor", "short_factor")]
         if sides[1].dtype.kind not in "if" or sides[1].shape not in ((), sides[0].shape):
-            raise ModelError(f"config.json: short_factor = {scaling['short_factor']!r}: not as many numbers as long")
+            raise ModelError(
+                f"config.json: short_factor = {as_json(scaling['short_factor'])}: not as many numbers as long"
+            )
         longs, shorts = (mx.array(side, dtype=mx.float32) for side in sides)
         module._freqs = module._freqs / longs * shorts  # noqa: SLF001
     if scaling.get("attention_factor") is not None:

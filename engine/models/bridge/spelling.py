@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.models.fields import Fields
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: What `rope_parameters` says besides the form of the scaling.
@@ -124,16 +125,14 @@ def _exaone_pattern(config: Mapping[str, Any]) -> str | None:
         return None
     if isinstance(types, list):
         if len(types) != config.get("num_hidden_layers") or not all(kind in tuple(_LETTERS) for kind in types):
-            raise ModelError(
-                f"config.json: layer_types {str(types)[:100]} is no list of {' or '.join(_LETTERS)} a layer"
-            )
+            raise ModelError(f"config.json: layer_types {as_json(types)} is no list of {' or '.join(_LETTERS)} a layer")
         return "".join(_LETTERS[kind] for kind in types)
     if type(pattern) is int and 0 < pattern <= _LONGEST_PATTERN:
         return "L" * (pattern - 1) + "G"
     if isinstance(pattern, str) and set(pattern) <= {*_LETTERS.values()}:
         return pattern or None
     raise ModelError(
-        f"config.json: sliding_window_pattern = {str(pattern)[:100]} is none: letters L and G, or a number, are"
+        f"config.json: sliding_window_pattern = {as_json(pattern)} is none: letters L and G, or a number, are"
     )
 
 
@@ -183,7 +182,9 @@ def _with_part(config: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
 def _head_width(config: Mapping[str, Any], fields: Fields) -> int:
     if config.get("head_dim") is not None:
         return fields.count("head_dim")
-    return fields.count("hidden_size") // fields.count("num_attention_heads")
+    sizes = (("hidden_size", "model_dim", "n_embd"), ("num_attention_heads", "num_heads", "n_head"))
+    width, heads = (next((name for name in names if config.get(name) is not None), names[0]) for names in sizes)
+    return fields.count(width) // fields.count(heads)
 
 
 def _under(read: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,6 +210,6 @@ def _check_plain(part: Mapping[str, Any]) -> None:
     kind = part.get("rope_type", "default")
     if kind != "default":
         raise ModelError(
-            f"config.json: rope_parameters: sliding_attention of type {kind!r} is not supported: mlx-lm scales the "
-            "other layers alone"
+            f"config.json: rope_parameters: sliding_attention: rope_type = {as_json(kind)} is not supported: mlx-lm "
+            "scales the other layers alone"
         )

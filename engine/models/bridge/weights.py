@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -14,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from engine.models.bridge import activations, falcon, package, ropes, routers, scores
-from engine.models.bridge.configs import check, text_config
+from engine.models.bridge.configs import check, check_ropes, text_config
 from engine.models.bridge.linears import dense_weight
 from engine.models.bridge.spelling import OWN_HEAD, read_names, respelled
 from engine.sparing import Pause, no_pause
@@ -22,6 +21,7 @@ from engine.weights import safetensors
 from engine.weights.foreign import in_mlx_layout
 from engine.weights.foreign_sections import METHODS
 from engine.weights.precision import Precision
+from stoker.contract.shown import as_json
 from stoker.errors import ModelError
 
 #: `quant_method` of a config.json -> the form of its codes, as mlx-lm reads them.
@@ -47,7 +47,7 @@ def _odd_numbers(config: Mapping[str, Any], arguments: Any) -> str:
     for name, inner in config.items():
         if isinstance(inner, Mapping):
             values |= {f"{name}.{key}": value for key, value in inner.items() if not isinstance(value, bool)}
-    odd = [f"{name} is {json.dumps(value)}" for name, value in values.items() if _is_odd(value)]
+    odd = [f"{name} is {as_json(value)}" for name, value in values.items() if _is_odd(value)]
     odd += [f"{name} is null" for name in nulls if config[name] is None]
     return f". Look at its numbers: {', '.join(odd)}" if odd else ""
 
@@ -61,6 +61,7 @@ def _is_odd(value: object) -> bool:
 def network_of(config: Mapping[str, Any], file: str) -> tuple[nn.Module, Any]:
     """(mlx-lm's network with random weights, its arguments). Raises `ModelError`."""
     module = package.load(file)
+    check_ropes(config)
     config = spelled(config, file)
     check(config, file, module.ModelArgs)
     try:
@@ -242,7 +243,7 @@ def _checked(own: Mapping[str, Any], path: str) -> dict[str, Any]:
     size = own.get("group_size", 1)
     if type(size) is not int or size < 1:
         raise ModelError(
-            f"config.json: quantization: {path}: group_size = {size!r}: a whole number of at least 1 is needed"
+            f"config.json: quantization: {path}: group_size = {as_json(size)}: a whole number of at least 1 is needed"
         )
     return dict(own)
 
@@ -258,7 +259,7 @@ def _section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     method = other.get("quant_method") if isinstance(other, Mapping) else None
     if not isinstance(method, str) or method not in _METHODS:
         raise ModelError(
-            f"config.json: quantization_config {str(other)[:100]} is not supported: MLX's own, "
+            f"config.json: quantization_config {as_json(other)} is not supported: MLX's own, "
             f"{', '.join((*_METHODS, *METHODS))} are. Take the model's unquantized checkpoint"
         )
     return dict(_METHODS[method])
