@@ -546,7 +546,7 @@ def test_a_batch_that_is_wrong_is_refused_by_name(api: openai.OpenAI, file_id: s
         with pytest.raises(openai.BadRequestError) as caught:
             api.post("/batches", body=right | fields, cast_to=object)
         assert caught.value.param == param
-    with pytest.raises(openai.NotFoundError, match="input_file_id: 'file-0000") as unknown:
+    with pytest.raises(openai.NotFoundError, match='input_file_id: "file-0000') as unknown:
         api.post("/batches", body=right | {"input_file_id": "file-" + "0" * 32}, cast_to=object)
     assert unknown.value.param == "input_file_id"
     with pytest.raises(openai.NotFoundError):

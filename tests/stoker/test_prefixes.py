@@ -147,7 +147,7 @@ def test_what_another_program_wrote_is_left_out_and_a_wrong_type_is_one_error(cl
 @pytest.mark.integration
 def test_a_backup_has_the_pins(client: Client, workers: Workers, tmp_path: Path) -> None:
     entry = client.prefixes.pin("a", "x", model="m")
-    settings = workers.settings.model_copy(update={"home": tmp_path})
+    settings = workers.settings.model_copy(update={"home": tmp_path / "home"})
     backup.backup(settings, workers.redis, tmp_path / "b.tar.gz")
     workers.redis.delete(keys.prefixes("m"))
     assert backup.restore(settings, workers.redis, tmp_path / "b.tar.gz").keys == 1
