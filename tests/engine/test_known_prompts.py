@@ -14,7 +14,7 @@ from engine.generation.batch import Batch
 from engine.generation.forward_input import ForwardInput
 from engine.generation.row import Row
 from engine.generation.step import Step
-from engine.models.cache import KeyValues
+from engine.models.key_values import KeyValues
 from engine.models.llama import Llama
 from tests.engine import tiny
 from tests.engine.test_generate_lane import Driver, Sent, request
