@@ -200,9 +200,12 @@ class LanePacer:
         if priority > self.best:
             return Chunk(self._behind, self.background_seconds)
         if decoding and not self.gathers:
+            pacer, turns = (self._busy if prompts == 1 else self._several), 1
             if long:
-                return Chunk(self._in_turns, self._patience(prompts), TURNS)
-            return Chunk(self._busy if prompts == 1 else self._several, self._patience(prompts))
+                pacer, turns = self._in_turns, TURNS
+            patience = self._patience(prompts)
+            pacer.begin_by(self._idle, patience * turns)
+            return Chunk(pacer, patience, turns)
         return Chunk(self._idle, 1.0) if self._alone else Chunk(self._behind, self._stall / 2)
 
     def rows(self, foreground: int, held: int) -> int:

@@ -63,6 +63,14 @@ class PrefillPacer:
         """Tokens that go at once where no more are left, padding included."""
         return self.tokens + self.tokens // 2 if self.tokens <= FEW else self.tokens
 
+    def begin_by(self, other: PrefillPacer, wanted: float) -> None:
+        """Before the first chunk: fewer tokens where `other` has measured that so many take longer than `wanted`."""
+        if self._noted or not other._seconds:
+            return
+        each = min(seconds / tokens for tokens, seconds in other._seconds.items())
+        while self._half < self.tokens and self.tokens * each > wanted:
+            self.tokens = self._half
+
     def note(self, tokens: int, seconds: float, wanted: float) -> None:
         """A chunk of `tokens` took `seconds`; `wanted` were allowed."""
         whole = tokens > 0.7 * self.tokens

@@ -177,6 +177,7 @@ def test_prompts_of_a_group_get_the_tokens_that_each_gets_alone(
 ) -> None:
     """In one pass and in several, behind a beginning that is here of some of them, with adapters and without."""
     monkeypatch.setattr(PrefillPacer, "note", lambda *_: None)
+    monkeypatch.setattr(PrefillPacer, "begin_by", lambda *_: None)
     monkeypatch.setattr(PrefillPacer, "__init__", lambda pacer, *_, **__: pacer.__dict__.update(tokens=tokens))
     pool = AdapterPool(model, AdapterStore(tmp_path / "adapters"))
     pool.save("one", tiny.adapter(model, 2, 1), {})

@@ -368,3 +368,23 @@ def test_a_model_of_one_part_has_the_pace_of_other_prompts(
     driver.run()
     assert not turns
     assert not any(found)
+
+
+@pytest.mark.parametrize(("seconds", "tokens"), [(1.0, 32), (0.002, 512)], ids=["by tokens", "by launches"])
+def test_the_first_chunk_next_to_streams_is_no_longer_than_prompts_next_to_nobody_say(
+    seconds: float, tokens: int
+) -> None:
+    """On a device that 512 tokens take seconds, streams would wait for as long until that is measured."""
+    pacer = LanePacer(1.0, 512)
+    pacer.note(0.025, 1)
+    pacer.begin({5})
+    alone = pacer.chunk(5, decoding=False).pacer
+    alone.note(256, seconds, 1.0)
+    pacer.begin({5}, empty=False)
+    pacer.decodes()
+    chunk = pacer.chunk(5, decoding=True, long=True)
+    assert chunk.pacer.tokens == tokens
+    # What was measured of its own counts from then on.
+    chunk.pacer.note(tokens, 0.001, 0.1)
+    alone.note(alone.tokens, 60.0, 100.0)
+    assert pacer.chunk(5, decoding=True, long=True).pacer.tokens == 2 * tokens
