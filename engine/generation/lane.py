@@ -106,10 +106,6 @@ class GenerateLane:
         ticket: Ticket[GenerateResult] = Ticket("warm", self.kind)
         self.admit(self.prepare(ticket, request, None))
         yield
-        # By itself: `run` would launch the first step behind it, whose pass is new too.
-        self._pacer.begin({request.priority})
-        self._push_prompts(StepOutput())
-        yield
         while self.busy:
             self.run()
             yield
