@@ -18,7 +18,7 @@ def brief(value: Any, most: int = 60) -> str:
         text = repr(value[:most] if isinstance(value, str | bytes) and len(value) > most else value)
     except Exception:
         return f"an object of type {type(value).__name__} that cannot be shown"
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return cut(text, most)
 
 
 def as_json(value: Any, most: int = 100) -> str:
@@ -28,7 +28,7 @@ def as_json(value: Any, most: int = 100) -> str:
         text = json.dumps(value[:most] if isinstance(value, str) else value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         return brief(value, most)
-    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    text = cut(text, most)
     return text if text.isprintable() else "".join(map(_escaped, text))
 
 
@@ -48,7 +48,8 @@ def harmless(text: str) -> str:
 
 
 def cut(words: object, most: int = 1000) -> str:
-    """What another program's library says of its input: it may repeat the whole of it."""
+    """The first `most` characters at most of a text, or of what another program's library says of its input: it may
+    repeat the whole of it."""
     text = str(words)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
