@@ -320,7 +320,7 @@ class GenerateLane:
 
     def _join(self, group: Prefill) -> None:
         """Let rows decode whose prompts are here except for their last tokens, which the next pass takes. The batch has
-        had room for them since a moment ago."""
+        room for them: they were taken by that."""
         rows, group.rows = group.rows, []
         self._seats.prepare(rows)
         for row in rows:
@@ -356,7 +356,7 @@ class GenerateLane:
         if not waiting or (under_way is not None and under_way.priority <= waiting[0].priority):
             return
         grouping = Grouping(self._group_limits(waiting[0].priority), self._pool, self.prefixes)
-        rows: list[Row] = []
+        rows, group = list[Row](), None
         try:
             for row in self._seats.taken(waiting, grouping):
                 if self._acquire(row):
@@ -364,13 +364,13 @@ class GenerateLane:
             if rows:
                 # What a row finds that is seated again, or behind others of its job, was left by the job itself.
                 new = [row for row in rows if row.generation.cached_tokens is None]
-                self._prompts.begin(self._prefill(rows))
+                group = self._prefill(rows)
+                self._prompts.begin(group)
                 self._note_served(new)
         except RowFault as fault:
             self._fail(fault)
             self._roster.put_back(rows)
             return
-        group = self._prompts.best(priorities)
         if group is not None and group.known:
             self._join(group)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.adapters.pool import AdapterPool
-from engine.adapters.store import AdapterStore
 from engine.checkpoints.loading import LoadedModel
 from engine.generation.batch import Batch
 from engine.generation.forward_input import ForwardInput
@@ -25,13 +23,6 @@ COMPLETIONS = 4
 @pytest.fixture
 def model(tiny_llama: Llama) -> LoadedModel:
     return tiny.loaded(tiny_llama, eos_ids=[])
-
-
-@pytest.fixture
-def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
-    store = AdapterStore(tmp_path)
-    store.write("tiny", "one", tiny.adapter(model, 2, 1), {})
-    return AdapterPool(model, store)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from engine.generation.sampling_batch import SamplingBatch
 from engine.generation.step import Step
 from engine.models import joint
 from engine.models.key_values import KeyValues
-from engine.models.llama import Block, Llama
+from engine.models.llama import Llama
 from engine.prefixes.memory import PrefixCache
 from stoker.errors import JobCancelled
 from tests.engine import tiny
@@ -51,6 +51,7 @@ def model(llama: Llama) -> LoadedModel:
 
 @pytest.fixture
 def pool(model: LoadedModel, tmp_path: Path) -> AdapterPool:
+    """Of an adapter that is on the disk alone, until a job asks for it."""
     store = AdapterStore(tmp_path)
     store.write("tiny", "one", tiny.adapter(model, 2, 1), {})
     return AdapterPool(model, store)
@@ -141,21 +142,6 @@ def test_a_pass_in_turns_gives_every_bit_that_one_in_a_piece_gives(
     adapters = random_adapters(llama, rows, 2, ("q_proj", "down_proj"), rank=3) if adapted else None
     for got, wanted in zip(outcome(llama, rows, adapters, shares), outcome(llama, rows, adapters, ()), strict=True):
         np.testing.assert_array_equal(got, wanted)
-
-
-def test_python_goes_through_one_part_of_a_prompts_layers(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled as one, a new size of chunk held streams up for as long as all layers take to be traced."""
-    found: list[Block] = []
-    plain = Block.forward
-
-    def noting(self: Block, *given: Any) -> Any:
-        found.append(self)
-        return plain(self, *given)
-
-    monkeypatch.setattr(Block, "forward", noting)
-    given = ForwardInput(mx.zeros((1, 16), mx.int32), mx.zeros(1, mx.int32), 64, last=mx.array([15]))
-    Step(llama, "all")(KeyValues(llama, 1, 64), given, SamplingBatch())
-    assert found == llama.layers[:1]
 
 
 def test_ranks_that_have_layers_each_take_no_turns(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

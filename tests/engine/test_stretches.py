@@ -109,6 +109,14 @@ def test_python_goes_through_the_layers_of_one_part_alone(traced: list[Block]) -
     assert traced == model.layers[: joint.LAYERS_TOGETHER]
 
 
+def test_python_goes_through_the_layers_of_one_part_for_prompts_on_gpus_too(traced: list[Block]) -> None:
+    """A new size of chunk held streams up for as long as all layers take to be traced."""
+    model = llama(24)
+    given = ForwardInput(mx.zeros((1, 16), mx.int32), mx.zeros(1, mx.int32), 64, last=mx.array([15]))
+    Step(model, "all")(KeyValues(model, 1, 64), given, SamplingBatch())
+    assert traced == model.layers[: joint.LAYERS_TOGETHER]
+
+
 def test_layers_that_compute_otherwise_have_a_trace_of_their_own(traced: list[Block]) -> None:
     """One matrix of few bits among dense ones."""
     model = llama(12)
