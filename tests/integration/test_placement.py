@@ -14,6 +14,7 @@ import pytest
 
 from stoker import Client, GenerateResult
 from stoker.broker import keys, ledger
+from stoker.broker.ledger.record import Field
 from stoker.errors import InvalidRequest
 from stoker.local.stack import Stack
 from stoker.monitor import metrics
@@ -105,7 +106,12 @@ def test_a_prompt_that_the_memory_of_one_worker_does_not_hold_runs_where_another
         next(busy.stream(timeout=60, cancel_on_close=False))
         waiting = client.generate(prompt_ids=prompt, model=endless.MODEL, max_tokens=2)
         placed = keys.placed(QUEUE, large[1])
-        wait_until(lambda: client.redis.llen(placed) == 1, "it waits for the large one, which has no room")
+
+        def waits_by_need() -> bool:
+            """It may be passed on before for its beginning, and recalled."""
+            return client.redis.llen(placed) == 1 and client.redis.hexists(keys.job(waiting.id), Field.NEEDS)
+
+        wait_until(waits_by_need, "it waits for the large one, which has no room")
         assert ledger.recover(client.redis, QUEUE, 0) == (), "and is not lost, however long that takes"
         busy.cancel()
         assert waiting.result(60).usage.worker == large[1]
