@@ -12,6 +12,7 @@ from kernels import (
     lora,
     lora_add_rms_norm,
     mean_pool,
+    norm_gate_up,
     pack_kv,
     sample,
 )
@@ -29,6 +30,7 @@ KERNELS: dict[str, Kernel] = {
         mean_pool,
         greedy,
         lora_add_rms_norm,
+        norm_gate_up,
         pack_kv,
     )
 }

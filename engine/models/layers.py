@@ -11,7 +11,6 @@ from typing import Protocol
 import mlx.core as mx
 
 from engine.models.fastmath import frozen_rms_norm, layer_norm
-from engine.platform.compiler import on_cpu
 from engine.weights.quantized import QuantizedTensor, dequantize
 from engine.weights.tensors import Tensors
 from kernels.add_layer_norm import KERNEL as ADD_LAYER_NORM
@@ -122,11 +121,14 @@ class FusedLinear:
 
     def __init__(self, linears: Sequence[Linear]):
         self._linears = tuple(linears)
-        by_column = on_cpu() or bool(mx.cuda.is_available())
-        self._weight = _side_by_side([linear.weight for linear in linears], by_column=by_column)
+        #: (sum of out, in), as it lies: the part of each layer is one piece of memory. MLX on CUDA copies any other
+        #: part of a matrix before it multiplies by it, the weights of a whole model twice in a training step.
+        self.columns = mx.concatenate([linear.weight.T for linear in linears])
+        #: The same, (in, sum of out).
+        self._weight = self.columns.T
         biases = [linear.bias for linear in linears if linear.bias is not None]
         self._bias = mx.concatenate(biases) if biases else None
-        mx.eval(self._weight, *([] if self._bias is None else [self._bias]))
+        mx.eval(self.columns, self._weight, *([] if self._bias is None else [self._bias]))
         widths = [linear.shape[1] for linear in linears]
         self._borders = [sum(widths[:count]) for count in range(len(widths) + 1)]
 
@@ -154,15 +156,6 @@ class FusedLinear:
         if adapters is None:
             return parts
         return [adapters.apply(linear.name, x, y) for linear, y in zip(self._linears, parts, strict=True)]
-
-
-def _side_by_side(weights: Sequence[mx.array], *, by_column: bool) -> mx.array:
-    """(in, sum of out). `by_column`: laid out so that the part of each layer is one piece of memory: MLX on CUDA copies
-    any other part of a matrix before it multiplies by it, the weights of a whole model twice in a training step. On a
-    CPU it is the order that the weights have."""
-    if not by_column:
-        return mx.concatenate(list(weights), axis=1)
-    return mx.concatenate([weight.T for weight in weights]).T
 
 
 class Embedding:

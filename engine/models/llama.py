@@ -18,7 +18,7 @@ from engine.models.decoder import RunBlock
 from engine.models.fastmath import swiglu
 from engine.models.joint import Cache, JointView
 from engine.models.kv_sizes import KvSide, KvSizes
-from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm
+from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm, RowAdapters
 from engine.models.mixed import MixedView
 from engine.models.shard import Shard
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
@@ -28,6 +28,7 @@ from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
 from kernels.attend import AttendInput, attend, unfit
 from kernels.lora import LoraInput, lora
+from kernels.norm_gate_up import norm_gate_up, takes
 from stoker.errors import ModelError
 
 #: What a part of a block adds: as it is, or before what the rows' adapters change of it.
@@ -197,6 +198,25 @@ class MLP:
             return self.down_proj.unadapted(swiglu(gate, up), cache.adapters)
         return self.down_proj(swiglu(gate, up), adapters)
 
+    def behind(
+        self, x: mx.array, update: Update, norm: RMSNorm, cache: Cache | None, adapters: LayerAdapters | None
+    ) -> tuple[mx.array, Update]:
+        """x + update, and what this makes of its norm. Few rows go through norm, gate and up in one kernel."""
+        if isinstance(cache, JointView) and not isinstance(update, LoraInput) and self._in_one(x, cache.adapters):
+            assert self.gate_up is not None
+            x, gated = norm_gate_up(x, update, norm.weight, self.gate_up.columns, norm.eps)
+            return x, self.down_proj.unadapted(gated, cache.adapters)
+        # Without a cache it may be differentiated.
+        x, normed = norm.of_sum(x, update, fused=cache is not None)
+        return x, self(normed, cache, adapters)
+
+    def _in_one(self, x: mx.array, adapters: RowAdapters | None) -> bool:
+        """Whether the kernel takes so many rows, of which no adapter changes gate or up."""
+        if self.gate_up is None or not takes(x, self.gate_up.columns):
+            return False
+        linears = (self.gate_proj, self.up_proj)
+        return adapters is None or all(adapters.sides(linear.name) is None for linear in linears)
+
 
 class Block:
     def __init__(self, args: LlamaArgs, index: int, tensors: Tensors):
@@ -223,9 +243,8 @@ class Block:
         self, x: mx.array, normed: mx.array, cache: Cache | None, adapters: LayerAdapters | None
     ) -> tuple[mx.array, Update]:
         """What is left to add, and to what."""
-        fused = cache is not None  # else it may be differentiated
-        x, normed = self.post_attention_layernorm.of_sum(x, self.self_attn(normed, cache, adapters), fused=fused)
-        return x, self.mlp(normed, cache, adapters)
+        update = self.self_attn(normed, cache, adapters)
+        return self.mlp.behind(x, update, self.post_attention_layernorm, cache, adapters)
 
     @property
     def linears(self) -> list[Linear]:

@@ -130,6 +130,22 @@ REFUSED: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
     "a row that is too wide": ("lora_add_rms_norm", too_wide, "width 8193"),
     "a residual of one": ("lora_add_rms_norm", lambda: at("lora_add_rms_norm", 0, lambda x: x[..., :1]), "shapes"),
     "a norm of another dtype": ("lora_add_rms_norm", lambda: at("lora_add_rms_norm", 8, half), "dtypes differ"),
+    "five rows": ("norm_gate_up", lambda: at("norm_gate_up", 0, lambda x: mx.repeat(x, 5, axis=0)), "shape (5, 8)"),
+    "rows of several tokens": ("norm_gate_up", lambda: at("norm_gate_up", 0, lambda x: x[:, None]), "shape (1, 1, 8)"),
+    "rows of integers": ("norm_gate_up", lambda: at("norm_gate_up", 0, integers), "dtype"),
+    "a row that fills no words": ("norm_gate_up", lambda: at("norm_gate_up", 0, lambda x: x[:, :6]), "1 rows of 6"),
+    "rows that a threadgroup cannot hold": (
+        "norm_gate_up",
+        lambda: (*[mx.zeros((2, 4096))] * 2, mx.zeros(4096), mx.zeros((2, 4096)), 1e-6),
+        "2 rows of 4096",
+    ),
+    "weights that take long to read": (
+        "norm_gate_up", lambda: (*[mx.zeros((1, 1024))] * 2, mx.zeros(1024), mx.zeros((32770, 1024)), 1e-6), "weights"
+    ),
+    "gate without up": ("norm_gate_up", lambda: at("norm_gate_up", 3, lambda m: m[:1]), "weights of shape"),
+    "weights of 16 bits": ("norm_gate_up", lambda: at("norm_gate_up", 3, half), "dtypes differ"),
+    "a residual of fewer": ("norm_gate_up", lambda: at("norm_gate_up", 1, lambda r: r[:, :4]), "do not fit"),
+    "an eps of 0 before gate and up": ("norm_gate_up", lambda: at("norm_gate_up", 4, lambda _: 0.0), "eps"),
     "lengths of 64 bits": ("mean_pool", lambda: changed("mean_pool", MeanPoolInput, lengths=integers), "lengths"),
     "a text without its residual": (
         "mean_pool",
