@@ -14,7 +14,7 @@ from starlette.types import Receive
 from stoker.broker import keys
 from stoker.client._async.client import AsyncClient
 from stoker.client.asynchronously import Joint, finished
-from stoker.contract import ModelCard
+from stoker.contract import ModelCard, Presence
 from stoker.contract.names import Rule, follows
 from stoker.contract.shown import as_json, brief
 from stoker.gateway.errors import Refused
@@ -126,13 +126,23 @@ class Call:
 
 
 class Models:
-    """How long answers may be: what workers said of their models lately."""
+    """How long answers may be, and who is there to make them: what workers said of their models lately."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
         self._cards: dict[str, ModelCard] = {}
         self._until = 0.0
         self._asking: Joint[dict[str, ModelCard]] = Joint()
+        self._workers: list[Presence] = []
+        self._alive_until = 0.0
+        self._asking_workers: Joint[list[Presence]] = Joint()
+
+    async def workers(self) -> list[Presence]:
+        """Those that are alive, as of `PRESENCE_EVERY` seconds ago at most: for all requests that wait together."""
+        if time.monotonic() >= self._alive_until:
+            self._workers = await self._asking_workers.ask("workers", self._client.workers)
+            self._alive_until = time.monotonic() + keys.PRESENCE_EVERY
+        return self._workers
 
     async def most_tokens(self, model: str) -> int:
         """The longest answer that makes sense: the model's whole context."""
