@@ -32,6 +32,18 @@ _OF_THE_ANSWER = {"stream", "stream_options", "encoding_format", "top_n", "retur
 MOST_TOKENS = 32_768
 
 
+#: Characters of a `user` at most.
+LONGEST_USER = 512
+
+
+def user_name(user: str) -> str:
+    """The name that a user's jobs go by, in shares and limits: `user`, where it is a name, or one that is always the
+    same for it. `sha256sum` makes that too, so that limits can name it."""
+    if follows(Rule.NAME, user):
+        return user
+    return f"user-{hashlib.sha256(user.encode()).hexdigest()[:40]}"
+
+
 @dataclass(frozen=True)
 class NamedJob:
     """`id`: the job's, and the request's own. `given`: whether the client gave it. `after`: the index of the last token
@@ -97,16 +109,16 @@ class Call:
     def sender(self, user: str | None, field: str = "user") -> AsyncClient:
         """The client under whose key the job is sent: that of the API key; where there are none, `user`, which the
         request calls `field`. Raises `Refused`."""
-        if user is None or user == self.caller.key:
+        if user is None:
             return self.client
-        given = f"{field}: {as_json(user)} given"
-        if self.caller.key is not None:
-            message = f"{given}; jobs of this key are those of {self.caller.key}. Leave it out."
-            raise Refused(403, message, param=field, code="invalid_value")
-        if not follows(Rule.NAME, user):
-            message = f"{given}; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
+        if not 1 <= len(user) <= LONGEST_USER:
+            message = f"{field}: {len(user)} characters given; allowed: 1 to {LONGEST_USER}."
             raise Refused(400, message, param=field, code="invalid_value")
-        return self.client.with_key(user)
+        name = user_name(user)
+        if self.caller.key not in (None, name):
+            message = f"{field}: {as_json(user)} given; jobs of this key are those of {self.caller.key}. Leave it out."
+            raise Refused(403, message, param=field, code="invalid_value")
+        return self.client.with_key(name)
 
     def waits(self, sender: AsyncClient, *, store: bool = False) -> Waiter:
         """`store`: the job goes on when the client leaves, unless a header says otherwise. The request that sends a job
