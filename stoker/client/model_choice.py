@@ -14,6 +14,7 @@ from stoker.broker import keys
 from stoker.catalogue import CATALOGUE, model_name
 from stoker.contract import CONTRACT, ModelCard, Presence
 from stoker.contract.shown import brief
+from stoker.contract.wording import Show
 from stoker.errors import InvalidRequest, UnknownModel
 
 N = TypeVar("N", ModelCard, Presence)
@@ -115,10 +116,12 @@ def choose_model(model: str | None, ability: str, known: Mapping[str, ModelCard]
     return model
 
 
-def named_model(model: str | None) -> str | None:
-    """`model`. Raises `InvalidRequest` for one that is no text."""
+def named_model(model: str | None, show: Show = brief) -> str | None:
+    """`model`. Raises `InvalidRequest` for one that is no text. `show`: how the error spells values."""
     if not isinstance(model, str | None):
-        raise InvalidRequest(f"model: {brief(model)} given; expected a name, or None for the only model there is.")
+        raise InvalidRequest(
+            f"model: {show(model)} given; expected a name, or {show(None)} for the only model there is."
+        )
     return model
 
 
