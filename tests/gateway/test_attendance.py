@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from stoker import AsyncClient
+from stoker import AsyncClient, Client
 from stoker.broker import keys, ledger
 from stoker.broker.outcome import JobStatus
 from stoker.contract import ModelCard, Presence
@@ -28,6 +32,7 @@ from tests import hurried
 from tests.conftest import wait_until
 from tests.gateway.machinery import Served, gateway_over
 from tests.gateway.test_spending import BODIES, STREAMED
+from tests.integration.machinery import TINY, TINY_MODEL, FragileBroker, worker_on
 
 PATIENCE = 30.0
 
@@ -305,3 +310,29 @@ def test_a_job_is_begun_once_a_worker_has_had_it_also_when_it_waits_again(settin
             return [*seen, await job.link.begun("job")]
 
     assert asyncio.run(run()) == [False, False, True, True]
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_a_worker_that_was_killed_and_starts_again_answers_those_who_asked_meanwhile(tmp_path: Path) -> None:
+    """And once it has left for good, they hear that: a stream too, by its status."""
+    body = {"model": TINY_MODEL, "prompt": "t1 t2", "max_tokens": 4}
+
+    def ask(served: Served, **more: Any) -> httpx2.Response:
+        return httpx2.post(f"{served.url}/v1/completions", json={**body, **more}, timeout=100)
+
+    with closing(FragileBroker(tmp_path / "broker")) as broker, ThreadPoolExecutor() as pool:
+        settings = Settings(url=broker.url)
+        with Client(settings=settings) as client:
+            served = Served(gateway_over(settings))
+            with worker_on(broker, tmp_path / "one", models=(TINY,)):
+                os.kill(client.workers()[0].pid, signal.SIGKILL)
+            wait_until(lambda: not client.workers(), "nobody is there")
+            asked = [pool.submit(ask, served, stream=stream) for stream in (False, True)]
+            wait_until(lambda: len(client.jobs()) == 2, "both wait")
+            with worker_on(broker, tmp_path / "one", models=(TINY,)):
+                assert [answer.result().status_code for answer in asked] == [200, 200]
+            served.stop()
+            served = Served(gateway_over(settings.model_copy(update={"patience": 0.5})))
+            assert [ask(served, stream=stream).status_code for stream in (False, True)] == [503, 503]
+            served.stop()
