@@ -79,7 +79,8 @@ class Settings(BaseSettings):
     grace: float = Field(default=30.0, ge=0, le=3600)
     #: Seconds that one step of the engine may take; then it counts as hung, and the worker ends. 0: no limit.
     step_limit: float = Field(default=300.0, ge=0, le=24 * 3600)
-    #: Seconds for which a client bears a broker that does not answer before it gives up.
+    #: Seconds for which a client bears a broker that does not answer before it gives up, and a request to the gateway a
+    #: model that no worker serves.
     patience: float = Field(default=30.0, ge=0, le=3600)
     #: Who sends: clients of one queue share it fairly, and each has a limit of its own (`stoker jobs policy`).
     client_key: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] = "default"

@@ -61,7 +61,8 @@ class AdapterPool:
         self._rank = _FIRST_RANK
         self._stacks: Matrices = {}
         self._squares: dict[str, mx.array] = {}
-        #: What was measured, until it is dropped: name and version → layer → `adapted_norms`.
+        #: What was measured, until it is dropped: name and version → layer → `adapted_norms`. Who measures drops what
+        #: is too much; none goes with its row in the stacks, because one rank alone could not measure it again.
         self._norms: dict[tuple[str, int], dict[str, mx.array]] = {}
 
     @property

@@ -15,7 +15,7 @@ from stoker.cli import inputs
 from stoker.cli.options import notes
 from stoker.cli.progress import progress
 from stoker.client import Client
-from stoker.client.asked import Ask
+from stoker.client.asked import Ask, refusal_of_line
 from stoker.client.options import GenerateManyOptions
 from stoker.contract.kinds import GENERATE
 from stoker.errors import InvalidRequest
@@ -88,5 +88,5 @@ class FileRun:
         if self.chat and "messages" not in fields and isinstance(prompt := fields.get("prompt"), str):
             rest = {name: value for name, value in fields.items() if name != "prompt"}
             fields = {**rest, "messages": [{"role": "user", "content": prompt}]}
-        # Whether it is one, `generate_many` checks.
-        return cast(Ask, fields)
+        # `generate_many` would say the same of it, as Python spells values.
+        return refusal_of_line(fields, self.options) or cast(Ask, fields)

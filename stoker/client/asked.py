@@ -12,7 +12,7 @@ from stoker.client.options import GenerateItem, GenerateManyOptions, GenerateOpt
 from stoker.client.requests import Prompt, generate_request
 from stoker.contract import Presence
 from stoker.contract.kinds import GENERATE
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json, brief
 from stoker.errors import BrokerUnavailable, ConfigError, InvalidRequest, StokerError
 
 T = TypeVar("T")
@@ -50,6 +50,20 @@ def asked(given: object, common: GenerateItem) -> Asked:
         return Asked({**common, **given})
     # What can be no prompt is refused by `generate`, as every other value that is wrong.
     return Asked({**common, "prompt": given})  # type: ignore[typeddict-item]
+
+
+def refusal_of_line(fields: Mapping[str, object], common: GenerateManyOptions) -> InvalidRequest | None:
+    """What is wrong with a request out of a file, in the spelling of JSON; None where `generate` may take it. Its own
+    options win over `common`."""
+    item = {**common, **fields}
+    model, prompt, seed = (item.pop(name, None) for name in ("model", "prompt", "seed"))
+    try:
+        checked_options(item, GenerateOptions, _NAMED, as_json)
+        named_model(model, as_json)  # type: ignore[arg-type]  # it may be anything
+        generate_request("any", prompt, seed, item, as_json)  # type: ignore[arg-type]
+    except InvalidRequest as error:
+        return error
+    return None
 
 
 def checked_asks(requests: T) -> T:

@@ -14,6 +14,7 @@ from stoker.broker import keys
 from stoker.catalogue import CATALOGUE, model_name
 from stoker.contract import CONTRACT, ModelCard, Presence
 from stoker.contract.shown import brief
+from stoker.contract.wording import Show
 from stoker.errors import InvalidRequest, UnknownModel
 
 N = TypeVar("N", ModelCard, Presence)
@@ -50,6 +51,31 @@ def is_served(model: str, kind: str, workers: Iterable[Presence]) -> bool:
     return any(card.takes(model, kind) for card in cards)
 
 
+def has_worker(model: str, ability: str, workers: Sequence[Presence]) -> bool:
+    """Whether one of the workers runs such jobs of the model, loads it at this moment, or will once a job waits."""
+    cards = (card for worker in workers for card in (*worker.models, *worker.offers))
+    if any((card.model, card.contract) == (model, CONTRACT) and ability in card.abilities for card in cards):
+        return True
+    return any((state.model, state.state) == (model, "loading") for worker in workers for state in worker.states)
+
+
+def describe_absence(model: str, ability: str, workers: Iterable[Presence], waited: float) -> str:
+    """For people: no worker has been there for jobs of the model for `waited` seconds. Begins with what was given."""
+    warm = _warm(_able(ability, workers))
+    return (
+        f"model {brief(model, 160)} given; it was served lately, and for {waited:g} s no worker has been there for it; "
+        f"{_listed(warm)} can {ability}. Start its worker again, or ask for another model."
+    )
+
+
+def _able(ability: str, workers: Iterable[Presence]) -> list[ModelCard]:
+    return [card for worker in workers for card in worker.models if ability in card.abilities]
+
+
+def _warm(cards: Iterable[ModelCard]) -> set[str]:
+    return {card.model for card in cards if card.contract == CONTRACT}
+
+
 def choose_model(model: str | None, ability: str, known: Mapping[str, ModelCard], workers: Sequence[Presence]) -> str:
     """The model to send to: the one asked for, if some worker serves or lately served it, or the only one warm.
 
@@ -58,8 +84,8 @@ def choose_model(model: str | None, ability: str, known: Mapping[str, ModelCard]
     by now, or if it was unloaded and nobody may load it: the job might wait for ever. One that a worker may load is as
     good as one that is warm, except that a warm one is meant where none is named.
     """
-    cards = [card for worker in workers for card in worker.models if ability in card.abilities]
-    warm = {card.model for card in cards if card.contract == CONTRACT}
+    cards = _able(ability, workers)
+    warm = _warm(cards)
     offered = {card.model for worker in workers for card in worker.offers if ability in card.abilities} - warm
     if model is None:
         meant = warm or offered
@@ -90,10 +116,12 @@ def choose_model(model: str | None, ability: str, known: Mapping[str, ModelCard]
     return model
 
 
-def named_model(model: str | None) -> str | None:
-    """`model`. Raises `InvalidRequest` for one that is no text."""
+def named_model(model: str | None, show: Show = brief) -> str | None:
+    """`model`. Raises `InvalidRequest` for one that is no text. `show`: how the error spells values."""
     if not isinstance(model, str | None):
-        raise InvalidRequest(f"model: {brief(model)} given; expected a name, or None for the only model there is.")
+        raise InvalidRequest(
+            f"model: {show(model)} given; expected a name, or {show(None)} for the only model there is."
+        )
     return model
 
 

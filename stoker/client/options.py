@@ -16,6 +16,7 @@ from stoker.client.requests import Prompt
 from stoker.contract.requests import ChatMessage, LoraTarget
 from stoker.contract.shown import brief
 from stoker.contract.vectors import VectorType
+from stoker.contract.wording import Show
 from stoker.errors import InvalidRequest
 
 
@@ -128,15 +129,17 @@ class AdapterOptions(JobOptions, total=False):
 Options: TypeAlias = EmbedOptions | RerankOptions | GenerateManyOptions | TrainOptions | AdapterOptions
 
 
-def checked_options(given: Mapping[str, object], options: type[Options], named: Iterable[str]) -> dict[str, object]:
-    """`given`, as the fields of a request. `named`: the call's own parameters.
+def checked_options(
+    given: Mapping[str, object], options: type[Options], named: Iterable[str], show: Show = brief
+) -> dict[str, object]:
+    """`given`, as the fields of a request. `named`: the call's own parameters. `show`: how errors spell values.
 
     Raises `InvalidRequest` for an option that the call does not have.
     """
     for name in given:
         if name not in options.__annotations__:
             known = sorted({*options.__annotations__, *named})
-            shown = name if isinstance(name, str) and len(name) <= 60 and name.isidentifier() else brief(name)
+            shown = name if isinstance(name, str) and len(name) <= 60 and name.isidentifier() else show(name)
             close = difflib.get_close_matches(shown, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise InvalidRequest(f"{shown}: no such option{hint} Allowed: {', '.join(known)}.")

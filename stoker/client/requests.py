@@ -16,8 +16,9 @@ from stoker.contract.kinds import ABILITIES, JobKind
 from stoker.contract.lines import pieces
 from stoker.contract.names import Rule, checked
 from stoker.contract.prefixes import PinnedPrefix
-from stoker.contract.shown import brief, trouble
+from stoker.contract.shown import as_json, brief, trouble
 from stoker.contract.uploads import Upload
+from stoker.contract.wording import Show
 from stoker.errors import DatasetError, InvalidRequest
 
 #: What `dataset` may be: a file of JSON lines, `worker:NAME` for one under the worker's data root, or the examples.
@@ -77,21 +78,22 @@ def rerank_request(model: str, query: str, texts: Sequence[str], fields: Mapping
 
 
 def generate_request(
-    model: str, prompt: Prompt | None, seed: int | None, fields: Mapping[str, object]
+    model: str, prompt: Prompt | None, seed: int | None, fields: Mapping[str, object], show: Show = brief
 ) -> GenerateRequest:
-    """`prompt`: a text, token ids, or the messages of a conversation; None if `fields` have one of them by name."""
+    """`prompt`: a text, token ids, or the messages of a conversation; None if `fields` have one of them by name.
+    `show`: how errors spell values."""
     seed = draw_seed() if seed is None else seed
-    return build(GenerateRequest, {"model": model, "seed": seed, **_prompt_fields(prompt), **fields})
+    return build(GenerateRequest, {"model": model, "seed": seed, **_prompt_fields(prompt, show), **fields}, show)
 
 
-def _prompt_fields(prompt: Prompt | None) -> dict[str, object]:
+def _prompt_fields(prompt: Prompt | None, show: Show) -> dict[str, object]:
     if prompt is None or isinstance(prompt, str):
         return {} if prompt is None else {"prompt": prompt}
     # What is iterable too: of bytes the numbers would be taken for ids, of one message the names for messages.
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray | memoryview | Mapping):
-        raise InvalidRequest(
-            f"prompt: a {type(prompt).__name__} given; expected a text, a list of token ids, or a list of messages."
-        )
+        # Of bytes the kind says more than the first of them.
+        given = as_json(prompt) if show is as_json else f"a {type(prompt).__name__}"
+        raise InvalidRequest(f"prompt: {given} given; expected a text, a list of token ids, or a list of messages.")
     items = tuple(prompt)
     return {"prompt_ids" if items and isinstance(items[0], SupportsIndex) else "messages": items}
 

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from stoker.contract.base import Message
 from stoker.contract.shown import brief
-from stoker.contract.wording import refusal
+from stoker.contract.wording import Show, refusal
 from stoker.errors import InvalidRequest
 
 #: The version of this contract: any change of a message's fields is another one. Its jobs have queues of their own, so
@@ -24,12 +24,13 @@ WHOLE = "request"
 M = TypeVar("M", bound=Message)
 
 
-def build(message: type[M], fields: Mapping[str, Any]) -> M:
-    """Make a message; a wrong field raises `InvalidRequest` that says what was given and what is allowed."""
+def build(message: type[M], fields: Mapping[str, Any], show: Show = brief) -> M:
+    """Make a message; a wrong field raises `InvalidRequest` that says what was given and what is allowed. `show`: how
+    values are spelled, as Python does or, with `as_json`, as JSON."""
     try:
         return message(**fields)
     except ValidationError as error:
-        raise InvalidRequest(_explain(error, allowed=list(message.model_fields))) from None
+        raise InvalidRequest(_explain(error, list(message.model_fields), show)) from None
 
 
 def encode(message: Message) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def read(message: type[M], text: str) -> M:
     return decode(message, payload)
 
 
-def _explain(error: ValidationError, allowed: list[str]) -> str:
+def _explain(error: ValidationError, allowed: list[str], show: Show) -> str:
     problems = []
     for problem in _root_causes(error)[:3]:
         # pydantic says of a key of an object that it is one.
@@ -68,7 +69,7 @@ def _explain(error: ValidationError, allowed: list[str]) -> str:
         if problem["type"] == "extra_forbidden":
             problems.append(f"{where}: no such field; allowed: {', '.join(allowed)}")
         else:
-            problems.append(f"{where}: {refusal(problem)}")
+            problems.append(f"{where}: {refusal(problem, show)}")
     return "; ".join(problems) + "."
 
 

@@ -14,6 +14,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from stoker.contract.base import Adapter, Message, Name
 from stoker.contract.freeform import check_json
@@ -87,7 +88,8 @@ class JobRequest(Message):
     def _no_truth_for_a_number(cls, value: Any, asked: ValidationInfo) -> Any:
         """pydantic takes `true` for 1: an answer of one token, in silence, where `max_tokens` is that."""
         if isinstance(value, bool) and cls.model_fields[str(asked.field_name)].annotation in _NUMBERS:
-            raise ValueError(f"{value} given; expected a number")
+            # One of pydantic's own: how the value is spelled depends on where it comes from.
+            raise PydanticKnownError("float_type")
         return value
 
     @property

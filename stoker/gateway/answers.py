@@ -18,7 +18,9 @@ from stoker.client._async.jobs import AsyncEmbedJob, AsyncGenerateJob, AsyncRera
 from stoker.client.options import GenerateOptions
 from stoker.client.requests import Prompt
 from stoker.contract import GenerateResult, StreamToken, Usage
+from stoker.contract.kinds import GENERATE
 from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, StokerError
+from stoker.gateway.attendance import Attendance
 from stoker.gateway.calls import Call, NamedJob, check_owner, sent
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.events import Event, EventResponse
@@ -27,7 +29,8 @@ from stoker.gateway.writing import written
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
-#: Seconds without a token, or a result, after which a job is given up for its client.
+#: Seconds without a token, or a result, after which a job is given up for its client. One that no worker is there for
+#: is given up far sooner (`Attendance`).
 PATIENCE = 3600.0
 
 
@@ -90,10 +93,12 @@ async def answered(call: Call, asked: Generation) -> ASGIApp:
         except StokerError as error:
             raise asked.names.refusal(error) from None
         left = partial(waiter.left, job.cancel, partial(_taken, job))
+        attended = Attendance(call, asked.model, GENERATE.name, job, waiter, left)
         if not asked.stream:
-            answer = await whole(call, _whole(asked, job, waiter), left, asked.names)
+            answer = await whole(call, _whole(asked, job, waiter, attended), left, asked.names)
             return Response(answer, media_type="application/json")
-        response = EventResponse(_events(call, asked, job, waiter), asked.form.failed, call.gone, left)
+        events = _events(call, asked, job, waiter, attended)
+        response = EventResponse(events, asked.form.failed, call.gone, left, lambda: attended.in_doubt)
         return _until_the_end(held.pop_all(), response)
 
 
@@ -133,8 +138,9 @@ async def whole(call: Call, made: Awaitable[R], left: Callable[[], Awaitable[Non
         await asyncio.wait({answer, gone})
 
 
-async def _whole(asked: Generation, job: AsyncGenerateJob, waiter: Waiter) -> bytes:
-    answer, tokens = await asked.made(job, PATIENCE)
+async def _whole(asked: Generation, job: AsyncGenerateJob, waiter: Waiter, attended: Attendance) -> bytes:
+    async with attended.needed():
+        answer, tokens = await asked.made(job, PATIENCE)
     await waiter.took(tokens)
     return answer
 
@@ -167,18 +173,23 @@ def _all(usage: Usage) -> int:
     return usage.prompt_tokens + usage.completion_tokens
 
 
-async def _events(call: Call, asked: Generation, job: AsyncGenerateJob, waiter: Waiter) -> AsyncGenerator[Event]:
+async def _events(
+    call: Call, asked: Generation, job: AsyncGenerateJob, waiter: Waiter, attended: Attendance
+) -> AsyncGenerator[Event]:
     """Every event behind those that the client has. Raises `Refused`."""
     form, began, made = asked.form, call.named.resumed, 0
     try:
         async with aclosing(job.stream(timeout=PATIENCE, cancel_on_close=False)) as tokens:
-            async for token in tokens:
+            async with attended.needed():
+                token = await anext(tokens, None)
+            while token is not None:
                 for event in () if began else form.first():
                     yield event
                 began, made = True, token.index + 1
                 # A form may need to know what went before: it sees every token, also where nothing is sent.
                 for event in _new(call.named, token.index, list(form.token(token))):
                     yield event
+                token = await anext(tokens, None)
         result = await job.result(PATIENCE)
         _check_place(call.named, made)
         await waiter.took(_all(result.usage))

@@ -14,7 +14,7 @@ from starlette.types import Receive
 from stoker.broker import keys
 from stoker.client._async.client import AsyncClient
 from stoker.client.asynchronously import Joint, finished
-from stoker.contract import ModelCard
+from stoker.contract import ModelCard, Presence
 from stoker.contract.names import Rule, follows
 from stoker.contract.shown import as_json, brief
 from stoker.gateway.errors import Refused
@@ -30,6 +30,18 @@ LEAVING = "x-stoker-on-disconnect"
 _OF_THE_ANSWER = {"stream", "stream_options", "encoding_format", "top_n", "return_documents", "user", "metadata"}
 #: Most tokens of an answer that names no limit and whose model nobody serves just now.
 MOST_TOKENS = 32_768
+
+
+#: Characters of a `user` at most.
+LONGEST_USER = 512
+
+
+def user_name(user: str) -> str:
+    """The name that a user's jobs go by, in shares and limits: `user`, where it is a name, or one that is always the
+    same for it. `sha256sum` makes that too, so that limits can name it."""
+    if follows(Rule.NAME, user):
+        return user
+    return f"user-{hashlib.sha256(user.encode()).hexdigest()[:40]}"
 
 
 @dataclass(frozen=True)
@@ -97,16 +109,16 @@ class Call:
     def sender(self, user: str | None, field: str = "user") -> AsyncClient:
         """The client under whose key the job is sent: that of the API key; where there are none, `user`, which the
         request calls `field`. Raises `Refused`."""
-        if user is None or user == self.caller.key:
+        if user is None:
             return self.client
-        given = f"{field}: {as_json(user)} given"
-        if self.caller.key is not None:
-            message = f"{given}; jobs of this key are those of {self.caller.key}. Leave it out."
-            raise Refused(403, message, param=field, code="invalid_value")
-        if not follows(Rule.NAME, user):
-            message = f"{given}; it is the key that shares are made by. Allowed: {Rule.NAME.allowed}."
+        if not 1 <= len(user) <= LONGEST_USER:
+            message = f"{field}: {len(user)} characters given; allowed: 1 to {LONGEST_USER}."
             raise Refused(400, message, param=field, code="invalid_value")
-        return self.client.with_key(user)
+        name = user_name(user)
+        if self.caller.key not in (None, name):
+            message = f"{field}: {as_json(user)} given; jobs of this key are those of {self.caller.key}. Leave it out."
+            raise Refused(403, message, param=field, code="invalid_value")
+        return self.client.with_key(name)
 
     def waits(self, sender: AsyncClient, *, store: bool = False) -> Waiter:
         """`store`: the job goes on when the client leaves, unless a header says otherwise. The request that sends a job
@@ -126,13 +138,23 @@ class Call:
 
 
 class Models:
-    """How long answers may be: what workers said of their models lately."""
+    """How long answers may be, and who is there to make them: what workers said of their models lately."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
         self._cards: dict[str, ModelCard] = {}
         self._until = 0.0
         self._asking: Joint[dict[str, ModelCard]] = Joint()
+        self._workers: list[Presence] = []
+        self._alive_until = 0.0
+        self._asking_workers: Joint[list[Presence]] = Joint()
+
+    async def workers(self) -> list[Presence]:
+        """Those that are alive, as of `PRESENCE_EVERY` seconds ago at most: for all requests that wait together."""
+        if time.monotonic() >= self._alive_until:
+            self._workers = await self._asking_workers.ask("workers", self._client.workers)
+            self._alive_until = time.monotonic() + keys.PRESENCE_EVERY
+        return self._workers
 
     async def most_tokens(self, model: str) -> int:
         """The longest answer that makes sense: the model's whole context."""

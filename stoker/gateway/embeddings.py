@@ -15,9 +15,11 @@ from starlette.responses import Response
 from stoker.client._async.client import AsyncClient
 from stoker.client._async.jobs import AsyncEmbedJob
 from stoker.client.options import EmbedOptions
+from stoker.contract.kinds import EMBED
 from stoker.contract.shown import as_json
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
+from stoker.gateway.attendance import Attendance
 from stoker.gateway.calls import Call, parsed, sent
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.fields import Body, Items
@@ -106,7 +108,8 @@ async def answered(call: Call) -> Response:
         except StokerError as error:
             raise NAMES.refusal(error) from None
         left = partial(waiter.left, job.cancel, partial(_taken, job))
-        answer = await whole(call, _made(call, embedding, job, waiter), left, NAMES)
+        attended = Attendance(call, embedding.model, EMBED.name, job, waiter, left)
+        answer = await whole(call, _made(call, embedding, job, waiter, attended), left, NAMES)
         return Response(answer, media_type="application/json")
 
 
@@ -115,8 +118,9 @@ async def _taken(job: AsyncEmbedJob) -> int:
     return (await job.usage()).prompt_tokens
 
 
-async def _made(call: Call, embedding: Embedding, job: AsyncEmbedJob, waiter: Waiter) -> bytes:
-    answer, tokens = await embedding.made(job, PATIENCE)
+async def _made(call: Call, embedding: Embedding, job: AsyncEmbedJob, waiter: Waiter, attended: Attendance) -> bytes:
+    async with attended.needed():
+        answer, tokens = await embedding.made(job, PATIENCE)
     await waiter.took(tokens)
     # They need not take the broker's room for ten minutes.
     await let_go(call.named, job)

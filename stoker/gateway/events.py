@@ -55,7 +55,8 @@ class EventResponse:
 
     It begins with the first event: what is wrong with a request is found before in most cases, and raised as `Refused`
     for a status of its own; what is found later is an event too (`failed`). When the server itself ends, no job is
-    cancelled: another gateway goes on with the stream.
+    cancelled: another gateway goes on with the stream. `in_doubt`: whether the answer may yet be an error with a status
+    of its own, so that no comment begins it.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class EventResponse:
         failed: Callable[[Refused], Iterator[Event]],
         gone: Callable[[], Awaitable[None]],
         left: Callable[[], Awaitable[None]],
+        in_doubt: Callable[[], bool] = lambda: False,
     ) -> None:
         self._events, self._failed, self._gone, self._left = events, failed, gone, left
+        self._in_doubt = in_doubt
         self._started = False
         #: When something was sent last, by the event loop's clock.
         self._sent = 0.0
@@ -112,6 +115,8 @@ class EventResponse:
         if self._since is not None:
             if now - self._since >= SLOW:
                 raise Gone
+        elif now - self._sent >= KEEP_ALIVE and not self._started and self._in_doubt():
+            self._sent = now
         elif now - self._sent >= KEEP_ALIVE:
             try:
                 async with asyncio.timeout(SLOW):

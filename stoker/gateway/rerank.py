@@ -13,9 +13,11 @@ from stoker.broker.outcome import vectors_reply
 from stoker.client._async.jobs import AsyncRerankJob
 from stoker.client.options import RerankOptions
 from stoker.contract import RerankResult
+from stoker.contract.requests import RERANK
 from stoker.contract.shown import as_json
 from stoker.errors import StokerError
 from stoker.gateway.answers import PATIENCE, let_go, whole
+from stoker.gateway.attendance import Attendance
 from stoker.gateway.calls import Call, parsed, sent
 from stoker.gateway.errors import Names, Refused
 from stoker.gateway.fields import Body, Items
@@ -92,7 +94,8 @@ async def _ranked(call: Call, body: RerankBody, model: str) -> RerankResult:
         except StokerError as error:
             raise NAMES.refusal(error) from None
         left = partial(waiter.left, job.cancel, partial(_taken, job))
-        return await whole(call, _made(call, job, waiter), left, NAMES)
+        attended = Attendance(call, model, RERANK, job, waiter, left)
+        return await whole(call, _made(call, job, waiter, attended), left, NAMES)
 
 
 async def _taken(job: AsyncRerankJob) -> int:
@@ -100,8 +103,9 @@ async def _taken(job: AsyncRerankJob) -> int:
     return vectors_reply(job.id, await job.link.value(job.id, None)).usage.prompt_tokens
 
 
-async def _made(call: Call, job: AsyncRerankJob, waiter: Waiter) -> RerankResult:
-    result = await job.result(PATIENCE)
+async def _made(call: Call, job: AsyncRerankJob, waiter: Waiter, attended: Attendance) -> RerankResult:
+    async with attended.needed():
+        result = await job.result(PATIENCE)
     await waiter.took(result.usage.prompt_tokens)
     await let_go(call.named, job)
     return result

@@ -45,8 +45,8 @@ class Waiter:
     def __init__(
         self, waiting: Waiting, key: Key, spend: Callable[[int], Awaitable[None]], *, keep: bool, counts: bool
     ) -> None:
-        self.counts = counts
-        self._waiting, self._key, self._spend, self._keep = waiting, key, spend, keep
+        self.counts, self.keeps = counts, keep
+        self._waiting, self._key, self._spend = waiting, key, spend
         self._counted = 0
 
     def __enter__(self) -> Waiter:
@@ -76,7 +76,7 @@ class Waiter:
         """The client has gone. The job is cancelled, unless it is to go on or another request waits for it; what it
         takes is counted also where nobody waits."""
         others = self._leave()
-        if not self._keep and not others:
+        if not self.keeps and not others:
             await finished(cancel)
         if self.counts and not any(other.counts for other in others):
             self._waiting.go_on(self._count(total))

@@ -179,7 +179,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
     ({"top_k": -1}, "top_k"),
-    ({"metadata": {"user_id": "A b"}}, "metadata.user_id"),
+    ({"metadata": {"user_id": "a" * 513}}, "metadata.user_id"),
     ({"n": 2}, "n"),
     *(({name: {}}, name) for name in sorted(MessagesBody.REFUSED)),
 ]

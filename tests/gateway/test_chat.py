@@ -269,7 +269,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["x"] * 17}, "stop"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 1000}}, "logit_bias.1"),
-    ({"user": "Ada Lovelace"}, "user"),
+    ({"user": "a" * 513}, "user"),
     ({"service_tier": "scale"}, "service_tier"),
     ({"priority": 10}, "priority"),
     ({"messages": []}, "messages"),

@@ -19,11 +19,12 @@ from stoker.broker.keys import FILE_TTL
 from stoker.broker.outcome import JobStatus
 from stoker.broker.stored_files import FileRecord
 from stoker.contract import Alternative, Completion, GenerateResult, StreamToken, Usage
+from stoker.contract.names import Rule, follows
 from stoker.errors import InvalidRequest, JobLost, QueueFull, UnknownModel
 from stoker.gateway import anthropic, batches, chat, completions, embeddings, files, rerank, responses
 from stoker.gateway.answers import answered
 from stoker.gateway.anthropic_messages import AnthropicMessage, AnthropicTool, ToolChoice, choice_of
-from stoker.gateway.calls import Call, Caller, Models, NamedJob, job_of, keeps
+from stoker.gateway.calls import Call, Caller, Models, NamedJob, job_of, keeps, user_name
 from stoker.gateway.embeddings import EmbeddingBody
 from stoker.gateway.errors import TABLE, Names, Refused, row_of
 from stoker.gateway.fields import Body, checked_body, parse
@@ -473,7 +474,36 @@ def test_a_job_is_sent_under_the_api_keys_name_or_where_there_are_none_under_the
     ):
         assert call(caller).sender(user).settings.client_key == key
     assert refusal(lambda: call(Caller(key="team")).sender("alice")).status == 403
-    assert refusal(lambda: call(Caller()).sender("a b")).status == 400
+    assert refusal(lambda: call(Caller(key="team")).sender("Alice")).status == 403
+    short = user_name("Alice")
+    assert call(Caller(key=short)).sender("Alice").settings.client_key == short, "a key may be that of such a user"
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        "ada@example.com", "Ada", "ada lovelace", "auth0|abc", "{6F9619FF-8B86-D011-B42D-00CF4FC964FF}", "ädä", "_",
+        " ", "a" * 65, f"user_{'0f' * 32}_account__session_6f9619ff-8b86-d011-b42d-00cf4fc964ff", "ß" * 512,
+    ],
+)  # fmt: skip
+def test_a_user_of_any_form_has_a_short_name_of_their_own(user: str) -> None:
+    name = call(Caller()).sender(user).settings.client_key
+    assert name == call(Caller()).sender(user).settings.client_key == user_name(user)
+    assert follows(Rule.NAME, name)
+    assert name != user_name(user[:-1] + "x")
+    assert user_name(name) == name, "who names the short one means it"
+
+
+def test_the_short_name_of_a_user_is_what_sha256sum_says() -> None:
+    """Limits that operators have set name it."""
+    assert user_name("auth0|abc") == "user-c5d09a77163332e87cd67f4fdec08160705a9a73"
+
+
+@pytest.mark.parametrize("user", ["", "a" * 513])
+def test_a_user_has_1_to_512_characters(user: str) -> None:
+    refused = refusal(lambda: call(Caller()).sender(user, "metadata.user_id"))
+    assert (refused.status, refused.param) == (400, "metadata.user_id")
+    assert refused.message == f"metadata.user_id: {len(user)} characters given; allowed: 1 to 512."
 
 
 # A client that leaves

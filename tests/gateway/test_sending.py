@@ -242,6 +242,32 @@ def test_a_stream_that_is_kept_alive_is_silent_for_no_longer_than_was_said() -> 
     assert times == [(0.0, said), (0.9, said), *kept, (3.4, said), (3.9, said), (3.9, "")]
 
 
+@pytest.mark.parametrize(
+    ("doubtful", "comments"), [(0.0, 3), (2.5, 1), (9.0, 0)], ids=["none", "a while", "to the end"]
+)
+def test_no_comment_begins_an_answer_that_may_yet_be_an_error_with_a_status(doubtful: float, comments: int) -> None:
+    async def late() -> AsyncGenerator[Event]:
+        await asyncio.sleep(3.5 * events.KEEP_ALIVE)
+        yield Event("one")
+
+    def in_doubt() -> bool:
+        return asyncio.get_running_loop().time() < doubtful * events.KEEP_ALIVE
+
+    watch = Watch()
+    hurried.run(EventResponse(late(), _failed, watch.gone, watch.leave, in_doubt)({}, _nothing, watch.send))
+    assert [body for _, body in watch.times].count(events.COMMENT.decode()) == comments
+
+
+def test_an_answer_that_has_begun_is_kept_alive_in_any_doubt() -> None:
+    async def begun() -> AsyncGenerator[Event]:
+        yield Event("one")
+        await asyncio.sleep(2.5 * events.KEEP_ALIVE)
+
+    watch = Watch()
+    hurried.run(EventResponse(begun(), _failed, watch.gone, watch.leave, lambda: True)({}, _nothing, watch.send))
+    assert [body for _, body in watch.times].count(events.COMMENT.decode()) == 2
+
+
 @pytest.mark.parametrize("before", [0.0, 0.5, 20.0], ids=["at once", "before a comment", "behind comments"])
 def test_a_client_has_a_whole_while_to_read_what_was_written(before: float) -> None:
     async def two() -> AsyncGenerator[Event]:

@@ -98,6 +98,22 @@ WRONG = {
     '{"id": [1], "prompt": "a"}': ("InvalidRequest", "id: [1] given; expected a text or a whole number"),
     '{"id": true, "prompt": "a"}': ("InvalidRequest", "id: true given; expected a text or a whole number"),
     '{"id": 1, "custom_id": 2, "prompt": "a"}': ("InvalidRequest", "at most one of them"),
+    '{"prompt": "a", "max_tokens": true}': ("InvalidRequest", "max_tokens: true given; expected a number."),
+    '{"prompt": "a", "n": null}': ("InvalidRequest", "n: null given; expected a whole number."),
+    '{"prompt": "a", "ignore_eos": "no way"}': (
+        "InvalidRequest",
+        'ignore_eos: "no way" given; expected true or false.',
+    ),
+    '{"prompt": "a", "stop": ["x", null]}': ("InvalidRequest", "stop.1: null given; expected a text."),
+    '{"prompt": "a", "json_schema": ["x", true]}': (
+        "InvalidRequest",
+        'json_schema: ["x", true] given; expected an object',
+    ),
+    '{"prompt": "a", "max token": 3}': ("InvalidRequest", '"max token": no such option'),
+    '{"prompt": {"a": true}}': ("InvalidRequest", 'prompt: {"a": true} given; expected a text, a list of token ids'),
+    '{"prompt": "a", "model": false}': ("InvalidRequest", "model: false given; expected a name, or null for the only"),
+    '{"prompt": "a", "seed": [true]}': ("InvalidRequest", "seed: [true] given; expected a whole number."),
+    '{"messages": [{"role": "user", "content": true}]}': ("InvalidRequest", "content: true given; expected a text."),
     '{"prompt": "a", "adapter": "none"}': ("UnknownAdapter", "none"),
     '{"prompt": "a", "model": "none"}': ("UnknownModel", "none"),
 }

@@ -32,6 +32,7 @@ from stoker.contract.vectors import Int8Vectors
 from stoker.errors import (
     BrokerUnavailable,
     ConfigError,
+    DeadlineExceeded,
     InvalidRequest,
     JobCancelled,
     JobDead,
@@ -41,8 +42,10 @@ from stoker.errors import (
     StokerError,
     TextTooLong,
     UnknownAdapter,
+    UnknownModel,
 )
 from stoker.testing import AsyncFakeClient, FakeClient, NotScripted
+from tests.conftest import wait_until
 from tests.docs.pages import ROOT
 from tests.stoker.test_client_core import server
 
@@ -213,6 +216,44 @@ def test_waiting_without_a_limit_for_a_job_that_hangs_ends_with_a_clear_error(mo
     client.script.generate(hangs=True)
     with pytest.raises(NotScripted, match="hangs, as its answer says; nothing cancelled it"):
         client.generate("x").result()
+
+
+def test_a_job_that_hangs_ends_at_its_deadline_behind_what_it_has_made() -> None:
+    client = FakeClient()
+    client.script.generate("a b", hangs=True)
+    job = client.generate("x", deadline=0.05)
+    seen: list[str] = []
+    with pytest.raises(DeadlineExceeded, match=rf"job {job.id} was stopped at its deadline\."):
+        seen.extend(token.text for token in job.stream())
+    assert "".join(seen) == "a b"
+    assert job.status() is JobStatus.FAILED
+    client.script.embed(hangs=True)
+    with pytest.raises(DeadlineExceeded):
+        client.embed(["a"], deadline=0.01).result()
+
+
+def test_a_job_that_hangs_is_over_at_its_deadline_for_all_who_look_and_not_before() -> None:
+    client = FakeClient()
+    client.script.generate(hangs=True, times=None)
+    late, running, free = client.generate("x", deadline=0.001), client.generate("x", deadline=600), client.generate("x")
+    wait_until(lambda: late.status() is JobStatus.FAILED, "nobody has waited for it")
+    assert set(client.jobs()) == {running.id, free.id}
+    late.cancel()
+    assert late.status() is JobStatus.FAILED
+    assert client.models.unload("smollm2-135m-instruct").phase == "done", "no job runs there"
+    for job in (running, free):
+        with pytest.raises(UnknownModel):
+            job.result()
+    with pytest.raises(DeadlineExceeded):
+        late.result()
+
+
+def test_a_job_that_does_not_hang_takes_no_time_and_meets_no_deadline() -> None:
+    client = FakeClient()
+    client.script.generate("a")
+    job, first = client.generate("x", deadline=1e-6), time.monotonic()
+    wait_until(lambda: time.monotonic() - first > 1e-6, "it is past that")
+    assert job.result().text == "a"
 
 
 def test_vectors_depend_on_the_text_alone_and_travel_as_asked() -> None:

@@ -227,6 +227,11 @@ def _listed(values: Any) -> Listed | None:
     return Listed(kind, model, client, int(priority or ""), worker)
 
 
+def begun(job_id: str) -> Call[bool]:
+    """Whether the job has had an owner that began it, or has one. A record that has gone says no."""
+    return _read(job_id, lambda reply: reply[0] is not None, Field.BEGAN)
+
+
 def owner(job_id: str) -> Call[str | None]:
     """The token of the job's owner. A pipeline's reply may be an error, for a key of another type: nobody owns that."""
     return _read(job_id, lambda reply: _text(reply[0]) if isinstance(reply, list) else None, Field.TOKEN)

@@ -16,7 +16,7 @@ from stoker.broker.asking import own_patience
 from stoker.broker.connection import Patience, translated
 from stoker.broker.ledger.discarding import discard
 from stoker.broker.ledger.listing import Listing, OpenJob
-from stoker.broker.ledger.record import listed, summary
+from stoker.broker.ledger.record import begun, listed, summary
 from stoker.broker.ledger.vectors import fetch
 from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, lost, read_vectors, status_of
@@ -122,6 +122,10 @@ class AsyncBrokerLink:
         with translated(self._settings):
             result, known = await ask_state(self._redis.pipeline(), job_id).execute()
         return status_of(result, summary(job_id).parse(known), job_id)
+
+    async def begun(self, job_id: str) -> bool:
+        with translated(self._settings, at=keys.job(job_id)):
+            return await begun(job_id).on_async(self._redis)
 
     async def cancel(self, job_id: str) -> None:
         with translated(self._settings):

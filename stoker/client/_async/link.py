@@ -46,6 +46,9 @@ class AsyncLink(Protocol):
     async def status(self, job_id: str) -> JobStatus:
         """Raises `JobLost` for a job that is neither known nor ended."""
 
+    async def begun(self, job_id: str) -> bool:
+        """Whether a worker has begun the job, this one or one before it."""
+
     async def cancel(self, job_id: str) -> None:
         """Stop the job wherever it is. Raises `JobLost` for one that is not known."""
 

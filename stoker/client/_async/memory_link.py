@@ -62,6 +62,9 @@ class AsyncMemoryLink:
     async def status(self, job_id: str) -> JobStatus:
         return self._memory.job(job_id).status
 
+    async def begun(self, job_id: str) -> bool:
+        return self._memory.job(job_id).status is not JobStatus.QUEUED
+
     async def cancel(self, job_id: str) -> None:
         self._memory.cancel(job_id)
 

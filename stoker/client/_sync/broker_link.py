@@ -17,7 +17,7 @@ from stoker.broker.asking import own_patience
 from stoker.broker.connection import Patience, translated
 from stoker.broker.ledger.discarding import discard
 from stoker.broker.ledger.listing import Listing, OpenJob
-from stoker.broker.ledger.record import listed, summary
+from stoker.broker.ledger.record import begun, listed, summary
 from stoker.broker.ledger.vectors import fetch
 from stoker.broker.letters import Letter
 from stoker.broker.outcome import JobStatus, lost, read_vectors, status_of
@@ -123,6 +123,10 @@ class BrokerLink:
         with translated(self._settings):
             result, known = ask_state(self._redis.pipeline(), job_id).execute()
         return status_of(result, summary(job_id).parse(known), job_id)
+
+    def begun(self, job_id: str) -> bool:
+        with translated(self._settings, at=keys.job(job_id)):
+            return begun(job_id).on(self._redis)
 
     def cancel(self, job_id: str) -> None:
         with translated(self._settings):

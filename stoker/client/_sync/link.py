@@ -47,6 +47,9 @@ class Link(Protocol):
     def status(self, job_id: str) -> JobStatus:
         """Raises `JobLost` for a job that is neither known nor ended."""
 
+    def begun(self, job_id: str) -> bool:
+        """Whether a worker has begun the job, this one or one before it."""
+
     def cancel(self, job_id: str) -> None:
         """Stop the job wherever it is. Raises `JobLost` for one that is not known."""
 

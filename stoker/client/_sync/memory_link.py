@@ -63,6 +63,9 @@ class MemoryLink:
     def status(self, job_id: str) -> JobStatus:
         return self._memory.job(job_id).status
 
+    def begun(self, job_id: str) -> bool:
+        return self._memory.job(job_id).status is not JobStatus.QUEUED
+
     def cancel(self, job_id: str) -> None:
         self._memory.cancel(job_id)
 

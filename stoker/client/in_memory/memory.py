@@ -51,7 +51,7 @@ from stoker.contract.base import Message, parse_adapter
 from stoker.contract.control import ModelCommand, ModelReport
 from stoker.contract.names import Rule, checked
 from stoker.contract.vectors import Encoded, Int8Vectors, load
-from stoker.errors import JobDead, StokerError, UnknownAdapter
+from stoker.errors import DeadlineExceeded, JobDead, StokerError, UnknownAdapter
 from stoker.settings import Settings
 
 R = TypeVar("R", bound=Request)
@@ -73,6 +73,12 @@ class _Job:
     outcome: Outcome | None = None
     #: A digest of what it was asked for.
     asked: str = ""
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether it hangs and is past its deadline. Others take no time."""
+        deadline = self.sent.request.deadline
+        return self.answer.ending.hangs and deadline is not None and time.monotonic() - self.submitted >= deadline
 
     @property
     def summary(self) -> Summary:
@@ -128,10 +134,14 @@ class Memory:
         self.sent.jobs.append(sent)
 
     def job(self, job_id: str) -> _Job:
-        """Raises `JobLost`."""
+        """The job, as it is now. Raises `JobLost`."""
         if job_id not in self._jobs:
             raise lost(job_id)
-        return self._jobs[job_id]
+        with self._lock:
+            job = self._jobs[job_id]
+            if job.is_overdue:
+                self._run(job)
+            return job
 
     def ability(self, job_id: str) -> str | None:
         return self._jobs[job_id].sent.request.ability if job_id in self._jobs else None
@@ -155,16 +165,19 @@ class Memory:
             return job.entries[index] if index < job.made else None
 
     def end(self, job_id: str) -> Outcome | None:
-        """Let the job run to its end, and say how it ended. None for one that hangs."""
+        """Let the job run to its end, and say how it ended. None for one that hangs, until its deadline."""
         with self._lock:
             job = self.job(job_id)
-            self._begin(job)
-            if job.outcome is None:
-                job.made = len(job.entries)
-                job.outcome = self._outcome(job)
-            if job.outcome is not None:
-                job.status = job.outcome.status
+            self._run(job)
             return job.outcome
+
+    def _run(self, job: _Job) -> None:
+        self._begin(job)
+        if job.outcome is None:
+            job.made = len(job.entries)
+            job.outcome = self._outcome(job)
+        if job.outcome is not None:
+            job.status = job.outcome.status
 
     def _begin(self, job: _Job) -> None:
         if job.status is JobStatus.QUEUED:
@@ -173,7 +186,8 @@ class Memory:
                 job.entries = ()
 
     def _outcome(self, job: _Job) -> Outcome | None:
-        error = job.error or job.answer.ending.error
+        late = DeadlineExceeded(f"job {job.sent.job_id} was stopped at its deadline.") if job.is_overdue else None
+        error = job.error or job.answer.ending.error or late
         if error is not None:
             return Outcome(JobStatus.FAILED, {"exc_type": type(error).__name__, "exc_message": str(error)})
         if job.answer.ending.hangs:
@@ -227,13 +241,16 @@ class Memory:
             return self._models.follow(command)
 
     def _running(self, model: str) -> int:
-        of_it = [job for job in self._jobs.values() if job.sent.request.model == model and job.outcome is None]
-        return sum(job.status is JobStatus.RUNNING for job in of_it)
+        return sum(job.sent.request.model == model and job.status is JobStatus.RUNNING for job in self._open().values())
+
+    def _open(self) -> dict[str, _Job]:
+        """Those that have not ended, oldest first."""
+        return {job_id: job for job_id in list(self._jobs) if (job := self.job(job_id)).outcome is None}
 
     def _refuse(self, model: str, error: StokerError) -> None:
         """End the jobs that wait for a model which nobody holds."""
-        for job in self._jobs.values():
-            if job.sent.request.model == model and job.outcome is None:
+        for job in self._open().values():
+            if job.sent.request.model == model:
                 fields = {"exc_type": type(error).__name__, "exc_message": str(error)}
                 job.status, job.outcome = JobStatus.FAILED, Outcome(JobStatus.FAILED, fields)
 
@@ -250,7 +267,7 @@ class Memory:
 
     def jobs(self) -> dict[str, OpenJob]:
         """Those that have not ended, oldest first."""
-        return {job_id: _listed(job) for job_id, job in self._jobs.items() if job.outcome is None}
+        return {job_id: _listed(job) for job_id, job in self._open().items()}
 
     def dead(self) -> dict[str, Letter]:
         """Jobs whose answer ends with `JobDead`."""

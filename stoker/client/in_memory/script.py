@@ -37,9 +37,9 @@ class Script:
     """Answers, used up in the order in which they were given; each kind of job has answers of its own.
 
     `error` is what the job ends with, behind the tokens or reports that were given. A job that `hangs` goes on until
-    it is cancelled. `times`: jobs that the answer is for; None: every further one. Jobs that embed, rerank or load an
-    adapter need no answer: they get vectors that depend on the text alone, the share of the query's words that a text
-    has, and the next version.
+    it is cancelled, or its deadline passes. `times`: jobs that the answer is for; None: every further one. Jobs that
+    embed, rerank or load an adapter need no answer: they get vectors that depend on the text alone, the share of the
+    query's words that a text has, and the next version.
     """
 
     def __init__(self) -> None:
