@@ -135,10 +135,11 @@ class Attention:
         """Attention of one new token a row, (B, 1, H·d) or as x (B, H·d), by the kernel that begins at the
         projections."""
         args, rows, linears = self.args, x.shape[0], (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (part.reshape(rows, -1) for part in self._projections(x))
+        # Sizes and no -1: MLX makes no operation of a reshape that it sees to change nothing.
+        q, k, v = (part.reshape(rows, part.shape[-1]) for part in self._projections(x))
         width, kv_width = args.heads * args.head_dim, args.kv_heads * args.head_dim
         starts = (0, 0, 0) if self.qkv is None else (0, width, width + kv_width)
-        adapters = cache.attend_adapters(x.reshape(rows, -1), [linear.name for linear in linears])
+        adapters = cache.attend_adapters(x.reshape(rows, args.dim), [linear.name for linear in linears])
         stored, made = cache.begin(self.index)
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         periods, scale = self.rotate.periods, self.scale
@@ -148,7 +149,7 @@ class Attention:
         )
         y, made = attend(given)
         cache.keep(self.index, made)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _projections(self, x: mx.array) -> Sequence[mx.array]:
         """What q, k and v make of x (…, dim); thrice the same array, side by side, where one product makes them: to
