@@ -84,7 +84,7 @@ def _bits(gate: bool, up: bool) -> int:
 
 KERNEL = Kernel(
     name="lora_swiglu",
-    reason="one launch for three, or for five with the copies of parts that `lora` takes: gate and up are one product",
+    reason="one launch for five: `lora` of gate and of up, copies of their parts of one product, and what gates them",
     bodies=(_BODY,),
     launch=lambda *fields: _launch(LoraSwigluInput(*fields)),
     reference=lambda *fields: _reference(LoraSwigluInput(*fields)),
