@@ -11,6 +11,7 @@ from kernels import (
     greedy,
     lora,
     lora_add_rms_norm,
+    lora_swiglu,
     mean_pool,
     norm_gate_up,
     pack_kv,
@@ -30,6 +31,7 @@ KERNELS: dict[str, Kernel] = {
         mean_pool,
         greedy,
         lora_add_rms_norm,
+        lora_swiglu,
         norm_gate_up,
         pack_kv,
     )

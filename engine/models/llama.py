@@ -28,6 +28,7 @@ from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
 from kernels.attend import AttendInput, attend, unfit
 from kernels.lora import LoraInput, lora
+from kernels.lora_swiglu import LoraSwigluInput, lora_swiglu
 from kernels.norm_gate_up import norm_gate_up, takes
 from stoker.errors import ModelError
 
@@ -191,6 +192,8 @@ class MLP:
         self.gate_up = FusedLinear.of(tensors, "model.", self.gate_proj, self.up_proj)
 
     def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> Update:
+        if isinstance(cache, JointView) and (given := self._adapted(x, cache.adapters)) is not None:
+            return self.down_proj.unadapted(lora_swiglu(given), cache.adapters)
         if self.gate_up is not None:
             gate, up = self.gate_up(x, adapters)
         else:
@@ -217,6 +220,23 @@ class MLP:
             return False
         linears = (self.gate_proj, self.up_proj)
         return adapters is None or all(adapters.sides(linear.name) is None for linear in linears)
+
+    def _adapted(self, x: mx.array, adapters: RowAdapters | None) -> LoraSwigluInput | None:
+        """Gate and up of one new token a row, x (rows, dim) or (rows, 1, dim), as what the rows' adapters still have to
+        change: the kernel behind them does that. None where no adapter changes either."""
+        if adapters is None:
+            return None
+        gate_sides, up_sides = (adapters.sides(linear.name) for linear in (self.gate_proj, self.up_proj))
+        if gate_sides is up_sides is None:
+            return None
+        hidden, indices = self.gate_proj.shape[1], adapters.indices
+        if self.gate_up is None:
+            gate, up, starts = self.gate_proj(x), self.up_proj(x), (0, 0)
+        else:
+            # The same array: to take it apart would copy it.
+            gate = up = self.gate_up.product(x)
+            starts = (0, hidden)
+        return LoraSwigluInput(x, gate, up, starts, hidden, indices, gate_sides, up_sides)
 
 
 class Block:

@@ -11,9 +11,10 @@ from kernels.kernel import Case, Timing, normal, on_device
 from kernels.lora.arguments import LoraInput
 
 
-def _matrices(
+def matrices(
     random: np.random.Generator, adapters: int, inputs: int, outputs: int, rank: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
+    """Random A (adapters, inputs, rank) and B (adapters, rank, outputs), of which adapter 0 is zeros."""
     a = normal(random, (adapters, inputs, rank), dtype, inputs**-0.5)
     b = normal(random, (adapters, rank, outputs), dtype, rank**-0.5)
     real = (mx.arange(adapters) > 0)[:, None, None]
@@ -30,7 +31,7 @@ def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
         (2, 3, 70, 60, 50),
     )
     for rows, adapters, inputs, outputs, rank in shapes:
-        a, b = _matrices(random, adapters, inputs, outputs, rank, dtype)
+        a, b = matrices(random, adapters, inputs, outputs, rank, dtype)
         # Every other one without an axis of tokens.
         tokens = (1,) if rank % 2 else ()
         x, y = normal(random, (rows, *tokens, inputs), dtype), normal(random, (rows, *tokens, outputs), dtype)
@@ -46,7 +47,7 @@ def cases(dtype: mx.Dtype, random: np.random.Generator) -> Iterable[Case]:
 def timings(dtype: mx.Dtype) -> Iterable[Timing]:
     random = np.random.default_rng(0)
     for rows, inputs, outputs in ((1, 896, 896), (32, 896, 896), (32, 896, 4864), (32, 4864, 896)):
-        a, b = _matrices(random, 9, inputs, outputs, 16, dtype)
+        a, b = matrices(random, 9, inputs, outputs, 16, dtype)
         x, y = on_device((rows, 1, inputs), dtype), on_device((rows, 1, outputs), dtype)
         index = mx.array(1 + np.arange(rows) % 8, mx.uint32)
         used = min(rows, 8) / 9

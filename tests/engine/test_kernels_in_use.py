@@ -136,12 +136,28 @@ def test_a_model_file_of_mlx_lm_packs_and_reads_by_kernels(name: str, bits: int)
         assert mx.array_equal(one, other)
 
 
-def test_adapters_of_all_kinds_decode_in_one_batch_through_the_kernel(tiny_llama: Llama, tmp_path: Path) -> None:
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("joint", [True, False], ids=["one product", "two products"])
+@pytest.mark.parametrize("targets", [ALL, ("gate_proj",), ("up_proj", "down_proj")], ids="-".join)
+def test_adapters_of_all_kinds_decode_in_one_batch_through_the_kernels(
+    tiny_llama: Llama, tmp_path: Path, targets: tuple[str, ...], joint: bool
+) -> None:
+    """A row has LoRA, one none, one DoRA. Gate and up are adapted and gated by one kernel, also where one alone is."""
+    if not joint:  # as where weights are of few bits
+        for layer in tiny_llama.layers:
+            layer.mlp.gate_up = None
     model = tiny.loaded(tiny_llama)
     pool = AdapterPool(model, AdapterStore(tmp_path))
-    pool.save("plain", tiny.adapter(model, 3, 1), {})
-    pool.save("dora", tiny.adapter(model, 8, 2, dora=True), {})
-    assert "lora" in _ran(same_steps(tiny_llama, pool, steps=1).launches)
+    pool.save("plain", tiny.adapter(model, 3, 1, targets), {})
+    pool.save("dora", tiny.adapter(model, 8, 2, targets, dora=True), {})
+    launches = same_steps(tiny_llama, pool).launches
+    names = [launch.name.split("__")[0].removeprefix("custom_kernel_") for launch in launches]
+    norms = "lora_add_rms_norm" if len(targets) > 1 else "add_rms_norm"
+    assert {"lora_swiglu", norms, "attend"} <= set(names)
+    assert names.count("lora_swiglu") == 3 * len(tiny_llama.layers)
+    assert "lora" not in names
 
 
 SAMPLERS: list[dict[str, Any]] = [

@@ -67,6 +67,17 @@ def test_adapters_add_so_many(llama: Llama) -> None:
     assert walked(*a_step(llama, 32, adapters)) <= 380
 
 
+@pytest.mark.parametrize("rows", [1, 32])
+def test_with_adapters_on_every_layer_a_step_launches_eight_kernels_a_layer(llama: Llama, rows: int) -> None:
+    """It was 248 and 296: gate and up were adapted by a launch each, which at 32 rows took copies of the parts of their
+    joint product, and gated by one more."""
+    adapters = random_adapters(llama, rows, 8)
+    found = counted(llama, rows, adapters)
+    assert found["lora_swiglu"] == 24
+    assert found.total() <= 200, found
+    assert walked(*a_step(llama, rows, adapters)) <= 320
+
+
 @pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 512, 301), (16, 64, 325)])
 def test_prompts_launch_what_says_where_they_are_written_once_a_pass(
     llama: Llama, rows: int, tokens: int, most: int

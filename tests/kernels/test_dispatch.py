@@ -15,6 +15,8 @@ import pytest
 from kernels import backend, registry
 from kernels.add_rms_norm import KERNEL, add_rms_norm
 from kernels.emulator.observe import observing
+from kernels.lora import LoraSides
+from kernels.lora_swiglu import LoraSwigluInput, lora_swiglu
 from kernels.registry import KERNELS, NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +68,16 @@ def test_what_a_kernel_cannot_take_falls_back_and_is_counted() -> None:
     assert "shapes that are broadcast" in KERNEL.fallbacks
     assert h.tolist() == (x + x).tolist()
     assert y.shape == x.shape
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(1, 10), (8, 10), (9, 5), (32, 5)])
+def test_with_many_rows_a_threadgroup_gates_as_many_outputs_as_there_are_inputs(rows: int, groups: int) -> None:
+    """Each reads A of gate and up anew: of Qwen2.5-0.5B's layers 512 outputs are made of more of A than of B."""
+    x, whole, sides = mx.zeros((rows, 896)), mx.zeros((rows, 2 * 4864)), LoraSides(mx.zeros((1, 896, 8)), mx.zeros(0))
+    given = LoraSwigluInput(x, whole, whole, (0, 4864), 4864, mx.zeros(rows, mx.uint32), sides, sides)
+    with backend.using("emulator"), observing(dry=True) as launches:
+        lora_swiglu(given)
+    assert [(launch.grid[0] // launch.threadgroup[0], launch.grid[1]) for launch in launches] == [(rows, groups)]
 
 
 def test_a_back_end_that_there_is_not_is_refused() -> None:

@@ -14,7 +14,9 @@ import pytest
 from kernels import check
 from kernels.backend import using
 from kernels.emulator.observe import observing
-from kernels.kernel import Case, Kernel
+from kernels.kernel import TOLERANCES, Case, Kernel
+from kernels.lora import LoraSides
+from kernels.lora_swiglu import LoraSwigluInput, lora_swiglu
 from kernels.registry import KERNELS
 
 SEED = 1
@@ -92,6 +94,24 @@ def test_rows_without_adapter_come_out_bit_for_bit() -> None:
     with using("emulator"):
         (out,) = kernel(x, y, a, b, mx.zeros_like(index), gain, shift)
     assert mx.array_equal(out, y)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_a_row_without_adapter_is_gated_and_reads_none(dtype: mx.Dtype) -> None:
+    """Among rows that have one, of which it says nothing: neither A and B nor gains and shifts are read."""
+    given = LoraSwigluInput(*check.cases(KERNELS["lora_swiglu"], dtype, 1)[1].arguments)
+    gate_sides, up_sides = (
+        LoraSides(*(mx.full(side.shape, np.nan, dtype) for side in sides if side is not None)) for sides in given.sides
+    )
+    bare, rows = mx.arange(given.x.shape[0]) % 2 == 0, np.arange(given.x.shape[0])
+    index = mx.where(bare, 0, 1).astype(mx.uint32)
+    with using("emulator"):
+        made = lora_swiglu(given._replace(indices=index, gate_sides=gate_sides, up_sides=up_sides))
+    gate, up = (part.astype(mx.float32) for part in mx.split(given.gate, 2, axis=-1))
+    wanted = gate * mx.sigmoid(gate) * up
+    assert np.isnan(np.array(made.astype(mx.float32))[rows % 2 == 1]).all()
+    found, expected = (np.array(array.astype(mx.float32))[rows % 2 == 0] for array in (made, wanted))
+    np.testing.assert_allclose(found, expected, rtol=float(TOLERANCES[dtype]), atol=1e-6)
 
 
 def test_a_row_that_is_not_finite_is_marked_and_hurts_no_other() -> None:

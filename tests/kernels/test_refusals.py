@@ -15,7 +15,8 @@ from kernels.attend_stored import StoredAttention
 from kernels.cuda import text
 from kernels.emulator import observe
 from kernels.kernel import Kernel
-from kernels.lora import LoraInput
+from kernels.lora import LoraInput, LoraSides
+from kernels.lora_swiglu import LoraSwigluInput
 from kernels.mean_pool import MeanPoolInput
 from kernels.registry import KERNELS
 from kernels.sample import SampleInput
@@ -59,6 +60,19 @@ def too_wide() -> tuple[Any, ...]:
     x, weight = wide(8193)
     lora[1], lora[3] = x, mx.zeros((2, 1, 8193))
     return (x, *lora, weight, eps)
+
+
+def gated(**fields: Callable[[Any], Any]) -> Callable[[], tuple[Any, ...]]:
+    return lambda: changed("lora_swiglu", LoraSwigluInput, **fields)
+
+
+def gated_by(**sides: Callable[[mx.array], mx.array]) -> Callable[[], tuple[Any, ...]]:
+    """With some of up's sides changed."""
+
+    def change(before: LoraSides) -> LoraSides:
+        return before._replace(**{name: change(getattr(before, name)) for name, change in sides.items()})
+
+    return gated(up_sides=change)
 
 
 #: The first of `attend`'s cases that is packed, in 8 bits.
@@ -146,6 +160,28 @@ REFUSED: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
     "weights of 16 bits": ("norm_gate_up", lambda: at("norm_gate_up", 3, half), "dtypes differ"),
     "a residual of fewer": ("norm_gate_up", lambda: at("norm_gate_up", 1, lambda r: r[:, :4]), "do not fit"),
     "an eps of 0 before gate and up": ("norm_gate_up", lambda: at("norm_gate_up", 4, lambda _: 0.0), "eps"),
+    "two tokens to gate": (
+        "lora_swiglu",
+        gated(**dict.fromkeys(("x", "gate", "up"), lambda x: mx.repeat(x[:, None], 2, axis=1))),
+        "more than one token",
+    ),
+    "a gate of fewer rows": ("lora_swiglu", gated(gate=lambda gate: gate[:0]), "shapes"),
+    "an up that ends too soon": ("lora_swiglu", gated(up=lambda up: up[:, :-1]), "shapes"),
+    "a gate and an up of two dtypes": ("lora_swiglu", gated(up=half), "dtypes differ"),
+    "nothing to adapt": (
+        "lora_swiglu",
+        gated(gate_sides=lambda _: None, up_sides=lambda _: None),
+        "no adapters",
+    ),
+    "two ranks of gate and up": ("lora_swiglu", gated_by(a=lambda a: mx.repeat(a, 2, axis=2)), "several shapes"),
+    "two dtypes of adapters": ("lora_swiglu", gated_by(a=half), "dtypes differ"),
+    "an up's adapter of integers": ("lora_swiglu", gated_by(b=integers), "dtype"),
+    "a gate's rank of 65": (
+        "lora_swiglu",
+        gated(gate_sides=lambda _: LoraSides(mx.zeros((2, 8, 65)), mx.zeros((2, 65, 40))), up_sides=lambda _: None),
+        "rank 65",
+    ),
+    "a gate's indices of 64 bits": ("lora_swiglu", gated(indices=integers), "indices"),
     "lengths of 64 bits": ("mean_pool", lambda: changed("mean_pool", MeanPoolInput, lengths=integers), "lengths"),
     "a text without its residual": (
         "mean_pool",
