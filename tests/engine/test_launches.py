@@ -41,8 +41,8 @@ def test_a_step_launches_six_kernels_a_layer_for_few_rows_and_eight_for_more(
     assert found.total() <= most, found
 
 
-@pytest.mark.parametrize(("rows", "most"), [(1, 244), (32, 364)])
-def test_a_step_walks_ten_operations_a_layer_for_few_rows_and_fifteen_for_more(
+@pytest.mark.parametrize(("rows", "most"), [(1, 196), (32, 308)])
+def test_a_step_walks_eight_operations_a_layer_for_few_rows_and_thirteen_for_more(
     llama: Llama, rows: int, most: int
 ) -> None:
     """Most of a GPU's step is the host's, which walks views too: 553 operations while products had three dimensions."""
@@ -64,7 +64,7 @@ def test_sampling_adds_so_many(llama: Llama) -> None:
 def test_adapters_add_so_many(llama: Llama) -> None:
     adapters = random_adapters(llama, 32, 8, ATTENTION)
     assert counted(llama, 32, adapters).total() <= 200
-    assert walked(*a_step(llama, 32, adapters)) <= 380
+    assert walked(*a_step(llama, 32, adapters)) <= 308
 
 
 @pytest.mark.parametrize("rows", [1, 32])
@@ -75,7 +75,7 @@ def test_with_adapters_on_every_layer_a_step_launches_eight_kernels_a_layer(llam
     found = counted(llama, rows, adapters)
     assert found["lora_swiglu"] == 24
     assert found.total() <= 200, found
-    assert walked(*a_step(llama, rows, adapters)) <= 320
+    assert walked(*a_step(llama, rows, adapters)) <= 244
 
 
 @pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 512, 301), (16, 64, 325)])
