@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
+from engine.adapters.flat import Flat, Matrices
 from engine.models.layers import Linear
 from engine.models.shard import Shard
 from stoker.contract import DEFAULT_TARGETS
 from stoker.errors import InvalidRequest
-
-#: Linear layer's dotted name → its matrices.
-Matrices = dict[str, dict[str, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,25 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One adapter. `matrices[name]` holds `a` (in, rank) and `b` (rank, out), and with DoRA `m` (out,), float32."""
+    """One adapter. `given`: its matrices, or all their numbers in one array."""
 
     config: LoraConfig
-    matrices: Matrices
+    given: Matrices | Flat
+
+    @cached_property
+    def matrices(self) -> Matrices:
+        """By layer `a` (in, rank) and `b` (rank, out), and with DoRA `m` (out,), float32."""
+        return self.given.matrices() if isinstance(self.given, Flat) else self.given
+
+    @property
+    def sides(self) -> dict[str, set[str]]:
+        """By layer, which of them there are."""
+        if not isinstance(self.given, Flat):
+            return {layer: set(matrices) for layer, matrices in self.given.items()}
+        found: dict[str, set[str]] = {}
+        for place in self.given.places:
+            found.setdefault(place.layer, set()).add(place.side)
+        return found
 
     @property
     def bytes(self) -> int:

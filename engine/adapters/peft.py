@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, target_shapes
+from engine.adapters.flat import Flat, laid_out
+from engine.adapters.lora import LoraConfig, LoraWeights, target_shapes
 from engine.adapters.peft_names import named, peft_name, turned
 from engine.adapters.targets import target_layers
 from engine.models.allowed import ANYTHING, Table
@@ -104,7 +105,7 @@ def write(folder: Path, model: str, weights: LoraWeights) -> None:
 
 
 def read(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraWeights:
-    """The adapter in `folder`, checked against a model's layers, name → (in, out), and evaluated, in float32.
+    """The adapter in `folder`, checked against a model's layers, name → (in, out), in float32.
 
     Raises `ModelError` that names the file and what is wrong with it.
     """
@@ -202,26 +203,11 @@ def checked(
     if not matrices:
         raise ModelError(f"{path}: no adapter in it.")
     # At once: of hundreds of small arrays, one after the other, a request for a new adapter would wait for most.
-    numbers = np.concatenate([array.ravel("K") for sides in matrices.values() for array in sides.values()])
+    numbers, places = laid_out(matrices)
     if not np.isfinite(numbers).all():
         name = next(name for name, sides in matrices.items() if not all(np.isfinite(a).all() for a in sides.values()))
         raise ModelError(f"{path}: layer {name} holds numbers that are not finite.")
-    return LoraWeights(replace(config, targets=_targets(matrices, shapes)), _parts(mx.array(numbers), matrices))
-
-
-def _parts(numbers: mx.array, matrices: Numbers) -> Matrices:
-    """`numbers` has those of all matrices, each as it lies in memory: the matrices as parts of it, evaluated."""
-    arrays = [array for sides in matrices.values() for array in sides.values()]
-    parts = iter(mx.split(numbers, np.cumsum([array.size for array in arrays[:-1]]).tolist()))
-    found = {
-        name: {side: _shaped(next(parts), array) for side, array in sides.items()} for name, sides in matrices.items()
-    }
-    mx.eval(found)
-    return found
-
-
-def _shaped(part: mx.array, array: np.ndarray) -> mx.array:
-    return part.reshape(array.shape) if array.flags.c_contiguous else part.reshape(array.shape[::-1]).T
+    return LoraWeights(replace(config, targets=_targets(matrices, shapes)), Flat(mx.array(numbers), places))
 
 
 def _targets(matrices: Numbers, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 #: How our name of a layer begins → how its name in PEFT may, the one that is written first. Those behind it are of
 #: other versions of transformers, and of adapters that Stoker wrote under names of its own.
@@ -48,6 +49,8 @@ def turned(layer: str) -> bool:
     return _TURNED.fullmatch(layer) is not None
 
 
-def _spellings(layer: str) -> list[str]:
+@lru_cache(maxsize=8192)
+def _spellings(layer: str) -> tuple[str, ...]:
+    """Kept for the layers of some models: those of one are asked for with each adapter."""
     pattern, starts = next((pattern, starts) for pattern, starts in _BEGINNINGS if pattern.match(layer))
-    return [pattern.sub(start, layer, count=1) for start in starts]
+    return tuple(pattern.sub(start, layer, count=1) for start in starts)

@@ -6,12 +6,13 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from engine.adapters.lora import LoraWeights, Matrices, adapted_norms, square_norms
+from engine.adapters.flat import Flat, Matrices
+from engine.adapters.lora import LoraWeights, adapted_norms, square_norms
 from engine.adapters.sharding import part_of
 from engine.adapters.stacked import StackedLora, folded
 from engine.adapters.store import AdapterStore
@@ -209,7 +210,7 @@ class AdapterPool:
         rank = self._rank
         while rank < weights.config.rank:
             rank *= 2
-        new = [(name, side) for name in weights.matrices for side in self._missing(name, weights)]
+        new = [(name, side) for name, sides in weights.sides.items() for side in self._missing(name, sides)]
         if rank == self._rank and not new:
             return
         self._rank = rank
@@ -219,11 +220,10 @@ class AdapterPool:
             self._stacks.setdefault(name, {})[side] = full
         self._fit()
 
-    def _missing(self, name: str, weights: LoraWeights) -> set[str]:
-        """The sides of a layer that an adapter has and the stacks have not."""
-        dora = "m" in weights.matrices[name]
-        wanted = {"a", "b"} | ({"gain"} if dora else set())
-        if dora and self._linears[name].bias is not None:
+    def _missing(self, name: str, sides: Set[str]) -> Set[str]:
+        """The sides of a layer that an adapter with these matrices needs and the stacks have not."""
+        wanted = {"a", "b"} | ({"gain"} if "m" in sides else set())
+        if "m" in sides and self._linears[name].bias is not None:
             wanted.add("shift")
         return wanted - self._stacks.get(name, {}).keys()
 
@@ -274,7 +274,7 @@ class AdapterPool:
         """Put an adapter into its row of every stack; layers that it does not change get the neutral row. `norms`: by
         layer, where they are known."""
         dtype = self._model.decoder.dtype
-        own = {name: self._sides(name, weights, norms.get(name)) for name in weights.matrices}
+        own = self._sides(weights, norms)
         # Before they are in the stacks: where there is no memory for them, each pass would try again to evaluate them.
         mx.eval(own)
         for name, stack in self._stacks.items():
@@ -305,7 +305,14 @@ class AdapterPool:
         dtype = self._model.decoder.dtype
         return adapted_norms(linear, self._squares[layer], weights.matrices[layer], weights.config.scale, dtype)
 
-    def _sides(self, layer: str, weights: LoraWeights, norms: mx.array | None) -> dict[str, mx.array]:
+    def _sides(self, weights: LoraWeights, norms: Mapping[str, mx.array]) -> Matrices:
+        """An adapter's sides as the stacks hold them: of one that came as one array in a few operations, each of which
+        is a launch on a GPU, and not in some for each layer."""
+        if isinstance(weights.given, Flat) and not weights.config.dora:
+            return weights.given.scaled(weights.config.scale, self._model.decoder.dtype)
+        return {layer: self._folded(layer, weights, norms.get(layer)) for layer in weights.matrices}
+
+    def _folded(self, layer: str, weights: LoraWeights, norms: mx.array | None) -> dict[str, mx.array]:
         if norms is None and weights.config.dora:
             norms = self._norms_of(weights, layer)
         return folded(weights, layer, self._linears[layer], norms)

@@ -6,7 +6,8 @@ from collections.abc import Container, Sequence
 
 import mlx.core as mx
 
-from engine.adapters.lora import LoraWeights, Matrices
+from engine.adapters.flat import Matrices
+from engine.adapters.lora import LoraWeights
 from engine.models.shard import Cut, Shard
 
 #: The axis by which a side is cut; those that are not here are whole on each rank.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from engine.adapters.lora import LoraWeights, Matrices
+from engine.adapters.flat import Matrices
+from engine.adapters.lora import LoraWeights
 from engine.models.layers import Linear
 from kernels.lora import LoraInput, LoraSides, lora
 

@@ -9,7 +9,8 @@ from typing import Annotated
 import mlx.core as mx
 from pydantic import Field
 
-from engine.adapters.lora import LoraConfig, LoraWeights, Matrices
+from engine.adapters.flat import Matrices
+from engine.adapters.lora import LoraConfig, LoraWeights
 from engine.generation.lane import GenerateLane
 from engine.generation.prompt import of_ids
 from engine.generation.row import Generation

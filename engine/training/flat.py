@@ -6,9 +6,8 @@ import math
 from typing import Protocol
 
 import mlx.core as mx
-import numpy as np
 
-from engine.adapters.lora import Matrices
+from engine.adapters.flat import Matrices, Place, parts_of
 from engine.training.state import TrainState
 
 
@@ -51,28 +50,23 @@ class FlatLayout:
     """Where each matrix lies in the vector: by layer, then by side. As a `Layout`, of one rank that has all."""
 
     def __init__(self, matrices: Matrices) -> None:
-        self._shapes = {
-            (name, side): array.shape
+        self._places = [
+            Place(name, side, array.shape, turned=False)
             for name, sides in sorted(matrices.items())
             for side, array in sorted(sides.items())
-        }
-        sizes = [math.prod(shape) for shape in self._shapes.values()]
-        self.size = sum(sizes)
-        self._ends = np.cumsum(sizes[:-1]).tolist()
+        ]
+        self.size = sum(math.prod(place.shape) for place in self._places)
 
     @property
     def layers(self) -> list[str]:
         """Their names, each once."""
-        return list(dict.fromkeys(name for name, _ in self._shapes))
+        return list(dict.fromkeys(place.layer for place in self._places))
 
     def pack(self, matrices: Matrices) -> mx.array:
-        return mx.concatenate([matrices[name][side].reshape(-1) for name, side in self._shapes])
+        return mx.concatenate([matrices[place.layer][place.side].reshape(-1) for place in self._places])
 
     def unpack(self, vector: mx.array) -> Matrices:
-        matrices: Matrices = {}
-        for (name, side), part in zip(self._shapes, mx.split(vector, self._ends), strict=True):
-            matrices.setdefault(name, {})[side] = part.reshape(self._shapes[name, side])
-        return matrices
+        return parts_of(vector, self._places)
 
     def summed(self, gradient: mx.array) -> mx.array:
         return gradient

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from engine.adapters.lora import LoraConfig, Matrices, TrainableLora, dropout_keys
+from engine.adapters.flat import Matrices
+from engine.adapters.lora import LoraConfig, TrainableLora, dropout_keys
 from engine.models.decoder import Decoder, DecoderBlock
 from engine.training.flat import Layout
 from engine.training.loss import Columns, cross_entropy

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from engine.adapters.lora import Matrices
+from engine.adapters.flat import Matrices
 from engine.adapters.sharding import axis_of, joined_parts, own_part
 from engine.models.shard import Shard
 from engine.training.flat import FlatLayout, Layout

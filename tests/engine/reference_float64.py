@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from engine.adapters.lora import Matrices, dropout_keys
+from engine.adapters.flat import Matrices
+from engine.adapters.lora import dropout_keys
 from engine.models.llama import Llama
 from engine.training.data import TokenizedExample, collate
 from engine.training.trainer import Trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.adapters import mlx_lm, peft, stacked
-from engine.adapters.lora import LoraWeights, TrainableLora, adapted_norms, square_norms
+from engine.adapters.lora import LoraWeights, TrainableLora, adapted_norms, same, square_norms
 from engine.adapters.pool import AdapterPool
 from engine.adapters.store import AdapterStore
 from engine.adapters.targets import target_layers
@@ -78,24 +77,19 @@ def test_the_adapter_that_was_used_longest_ago_makes_room(model: LoadedModel, tm
 
 
 def without_memory(patch: pytest.MonkeyPatch, pool: AdapterPool, what: str) -> None:
-    """For the second layer of an adapter, or for what comes into the stacks."""
-    evaluate, calls, held = mx.eval, itertools.count(1), pool.rows([1])
-
-    def folded(*given: Any) -> dict[str, mx.array]:
-        if what == "a layer" and next(calls) == 2:
-            raise RuntimeError("[malloc] Unable to allocate 16777216 bytes.")
-        return stacked.folded(*given)
+    """For the matrices of an adapter, or for what comes into the stacks."""
+    evaluate, held = mx.eval, pool.rows([1])
 
     def evaluated(*given: Any) -> None:
-        if what == "the stacks" and held and given[0] is held.stacks:
+        stacks = held is not None and given[0] is held.stacks
+        if isinstance(given[0], dict) and what == ("the stacks" if stacks else "the matrices"):
             raise RuntimeError("[malloc] Unable to allocate 16777216 bytes.")
         evaluate(*given)
 
-    patch.setattr("engine.adapters.pool.folded", folded)
     patch.setattr(mx, "eval", evaluated)
 
 
-@pytest.mark.parametrize("what", ["a layer", "the stacks"])
+@pytest.mark.parametrize("what", ["the matrices", "the stacks"])
 def test_an_adapter_that_cannot_be_held_leaves_nothing_under_the_name_of_the_one_that_made_way(
     model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -123,7 +117,7 @@ def test_a_version_that_is_written_is_there_though_it_cannot_be_held_now(
     """A run that took a night does not fail because its adapter, at its end, found no memory to serve from."""
     weights = tiny.adapter(model, 2, 1)
     with monkeypatch.context() as patch:
-        without_memory(patch, pool, "a layer")
+        without_memory(patch, pool, "the matrices")
         assert pool.save("style", weights, {}) == 1
     assert pool.loaded == ()
     assert "style@1 is written, and not held in memory" in caplog.text
@@ -226,3 +220,33 @@ def test_a_pattern_that_is_none_is_one_error_and_the_next_is_matched(pattern: st
     with pytest.raises(ModelError, match="is no regular expression"):
         target_layers("it", {"target_modules": pattern}, {f"model.{NAME}": NAME})
     assert target_layers("it", {"target_modules": r".*q_proj"}, {f"model.{NAME}": NAME}) == {NAME}
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}], ids=["LoRA", "rsLoRA", "DoRA"])
+def test_an_adapter_that_was_read_computes_as_one_that_was_trained_here(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]
+) -> None:
+    """One that was read goes into the stacks as one array, unless each layer of it has norms to be found."""
+    store, folded, layers = AdapterStore(tmp_path), stacked.folded, []
+
+    def counted(weights: LoraWeights, layer: str, *others: Any) -> dict[str, mx.array]:
+        layers.append(layer)
+        return folded(weights, layer, *others)
+
+    monkeypatch.setattr("engine.adapters.pool.folded", counted)
+    trained, later = AdapterPool(model, store), AdapterPool(model, store)
+    trained.save("style", tiny.adapter(model, 3, 1, ("q_proj", "down_proj"), **kind), {})
+    assert layers, "each layer of what was trained"
+    layers.clear()
+    for name in (NAME, "layers.1.mlp.down_proj"):
+        ours, theirs = (outputs(pool, [pool.acquire("style")], model, name) for pool in (trained, later))
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+    assert bool(layers) is bool(kind.get("dora"))
+
+
+def test_what_an_adapter_has_is_known_before_its_matrices_are_made(model: LoadedModel, tmp_path: Path) -> None:
+    store, whole = AdapterStore(tmp_path), tiny.adapter(model, 2, 1, dora=True)
+    store.write("tiny", "style", whole, {})
+    read = store.read("tiny", "style", 1, model.linear_shapes)
+    assert read.sides == whole.sides == {layer: {"a", "b", "m"} for layer in whole.matrices}
+    assert same(read.matrices, whole.matrices)

@@ -54,7 +54,7 @@ def test_losses_are_those_of_peft_for_thirty_steps(
     def start(*arguments: Any) -> LoraWeights:
         fresh = initialise(*arguments)
         given = {layer: {**sides, "a": mx.array(arrays[f"start.{layer}.a"])} for layer, sides in fresh.matrices.items()}
-        return replace(fresh, matrices=given)
+        return LoraWeights(fresh.config, given)
 
     monkeypatch.setattr(trainer_module, "initialise", start)
     monkeypatch.setattr(trainer_module, "Batches", lambda *_: Given(parts))
@@ -88,7 +88,7 @@ def test_an_adapter_that_we_saved_gives_our_logits_in_peft(
     if not PEERS.exists():
         pytest.skip("make peers")
     weights = tiny.adapter(golden_model, 4, 1, **kind)
-    weights = replace(weights, matrices={n: {**s, "b": s["b"] * 0.2} for n, s in weights.matrices.items()})
+    weights = LoraWeights(weights.config, {n: {**s, "b": s["b"] * 0.2} for n, s in weights.matrices.items()})
     AdapterStore(tmp_path).write("tiny-llama", "ours", weights, {})
     probe, out = [3, 1, 4, 15, 9, 26, 5], tmp_path / "logits.npy"
     command = [str(PEERS), str(GOLDENS / "peft_logits.py"), str(tmp_path / "tiny-llama/ours/1"), str(out)]

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.adapters.lora import LoraConfig, LoraWeights, Matrices, TrainableLora
+from engine.adapters.flat import Matrices
+from engine.adapters.lora import LoraConfig, LoraWeights, TrainableLora
 from engine.checkpoints.loading import LoadedModel
 from engine.models.decoder import DecoderBlock
 from engine.models.llama import Llama
