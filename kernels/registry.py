@@ -13,7 +13,7 @@ from kernels import (
     lora_add_rms_norm,
     lora_swiglu,
     mean_pool,
-    norm_gate_up,
+    norm_project,
     pack_kv,
     sample,
 )
@@ -32,7 +32,7 @@ KERNELS: dict[str, Kernel] = {
         greedy,
         lora_add_rms_norm,
         lora_swiglu,
-        norm_gate_up,
+        norm_project,
         pack_kv,
     )
 }

@@ -24,7 +24,7 @@ from engine.models.decoder import Decoder
 from engine.models.joint import JointKeyValues, JointRun, JointView
 from engine.models.key_values import KeyValues, Stored
 from engine.models.mixed import MixedView
-from engine.models.stretches import Hidden, Stretch, without_tokens
+from engine.models.stretches import Hidden, Stretch
 from engine.models.view import View
 from engine.platform.compiler import fuses_on_cpu, on_cpu
 
@@ -59,7 +59,7 @@ class _Layers:
     given: ForwardInput
     mask: Mask
     x: mx.array
-    normed: mx.array
+    update: mx.array
     weights: list[mx.array]
     pattern: int
 
@@ -225,8 +225,7 @@ class Step:
         """A pass in front of the first layer."""
         assert self._stretches is not None
         mask = None if given.places is not None else self._layers_view(_NOTHING, given).mask
-        hidden = self._stretches.begin(given.tokens)
-        return Underway(mask, without_tokens(hidden) if given.tokens.shape[1] == 1 else hidden)
+        return Underway(mask, self._stretches.begin(given.tokens))
 
     def _through(self, stored: Stored, given: ForwardInput, underway: Underway, parts: int) -> Stored:
         """Take a pass through so many stretches more, as far as there are any: what is stored then."""
@@ -255,7 +254,7 @@ class Step:
         assert self._stretches is not None
         pattern = self._stretches.parts[step.pattern]
         view = self._view(stored, step.given, step.mask, pattern.first)
-        hidden = pattern.forward((step.x, step.normed), step.weights, view, step.given.adapters)
+        hidden = pattern.forward((step.x, step.update), step.weights, view, step.given.adapters)
         return view.written, hidden
 
     def _chosen_of(self, _: Stored, end: _End) -> list[mx.array]:

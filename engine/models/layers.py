@@ -6,7 +6,7 @@ No `mlx.nn.Module`: the base weights never change and are never differentiated, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
@@ -16,8 +16,9 @@ from engine.weights.tensors import Tensors
 from kernels.add_layer_norm import KERNEL as ADD_LAYER_NORM
 from kernels.add_layer_norm import add_layer_norm
 from kernels.add_rms_norm import add_rms_norm
-from kernels.lora import LoraInput, LoraSides
+from kernels.lora import LoraInput, LoraSides, lora
 from kernels.lora_add_rms_norm import lora_add_rms_norm
+from kernels.norm_project import ProjectInput, norm_project, takes
 
 
 class LayerAdapters(Protocol):
@@ -47,6 +48,16 @@ class RowAdapters(Protocol):
         ...
 
 
+#: What a part of a block adds to hidden states: as it is, or before what the rows' adapters change of it.
+Update: TypeAlias = mx.array | LoraInput
+#: Hidden states, and what is left to add to them.
+Sum: TypeAlias = tuple[mx.array, Update]
+
+
+def summed(x: mx.array, update: Update) -> mx.array:
+    return x + (lora(update) if isinstance(update, LoraInput) else update)
+
+
 class Linear:
     """y = x·W + b, with W (in, out)."""
 
@@ -68,7 +79,7 @@ class Linear:
         y = self._product(x)
         return y if adapters is None else adapters.apply(self.name, x, y)
 
-    def unadapted(self, x: mx.array, adapters: RowAdapters | None) -> mx.array | LoraInput:
+    def unadapted(self, x: mx.array, adapters: RowAdapters | None) -> Update:
         """The output of one new token a row, as what its rows' adapters still have to change where they do: the norm
         behind it does both (`RMSNorm.of_sum`)."""
         y = self._product(x)
@@ -144,6 +155,19 @@ class FusedLinear:
             tensors.taken[f"{prefix}{linear.name}.weight"] = linear.weight
         return fused
 
+    def reads_sum(self, x: mx.array, update: Update, adapters: RowAdapters | None) -> bool:
+        """Whether `of_sum` takes so many rows, of which no adapter changes these layers or what is to be added."""
+        if isinstance(update, LoraInput) or not takes(x, self.columns):
+            return False
+        return adapters is None or all(adapters.sides(linear.name) is None for linear in self._linears)
+
+    def of_sum(self, x: mx.array, update: Update, norm: RMSNorm, *, gated: bool = False) -> tuple[mx.array, mx.array]:
+        """x + update, and all outputs of its norm side by side, or of two layers where it is `gated` silu(first) ·
+        second: by one kernel. Not differentiated."""
+        assert isinstance(update, mx.array)
+        given = ProjectInput(x, update, norm.weight, self.columns, self._bias, norm.eps, gated)
+        return norm_project(given)
+
     def product(self, x: mx.array) -> mx.array:
         """All outputs side by side, without adapters."""
         return x @ self._weight if self._bias is None else mx.addmm(self._bias, x, self._weight)
@@ -213,7 +237,7 @@ class RMSNorm:
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight, self.eps)
 
-    def of_sum(self, x: mx.array, update: mx.array | LoraInput, *, fused: bool) -> tuple[mx.array, mx.array]:
+    def of_sum(self, x: mx.array, update: Update, *, fused: bool) -> tuple[mx.array, mx.array]:
         """x + update, and its norm. `fused`: by one kernel where there is one; it is not differentiated then, and the
         weight never is."""
         if isinstance(update, LoraInput):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
@@ -18,7 +18,17 @@ from engine.models.decoder import RunBlock
 from engine.models.fastmath import swiglu
 from engine.models.joint import Cache, JointView
 from engine.models.kv_sizes import KvSide, KvSizes
-from engine.models.layers import Embedding, FusedLinear, LayerAdapters, Linear, RMSNorm, RowAdapters
+from engine.models.layers import (
+    Embedding,
+    FusedLinear,
+    LayerAdapters,
+    Linear,
+    RMSNorm,
+    RowAdapters,
+    Sum,
+    Update,
+    summed,
+)
 from engine.models.mixed import MixedView
 from engine.models.shard import Shard
 from engine.models.sizes import decoder_sizes, gguf_sizes, layers_of
@@ -26,14 +36,9 @@ from engine.models.stretches import Hidden, Stretches, in_parts, without_tokens
 from engine.models.view import LayerCache
 from engine.weights.tensors import Tensors
 from kernels.attend import KERNEL as ATTEND
-from kernels.attend import AttendInput, attend, unfit
-from kernels.lora import LoraInput, lora
+from kernels.attend import AttendAdapters, AttendInput, attend, unfit
 from kernels.lora_swiglu import LoraSwigluInput, lora_swiglu
-from kernels.norm_gate_up import norm_gate_up, takes
 from stoker.errors import ModelError
-
-#: What a part of a block adds: as it is, or before what the rows' adapters change of it.
-Update: TypeAlias = mx.array | LoraInput
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,23 @@ class Attention:
         # Queries and keys are both multiplied by the gain: their product by its square.
         self.scale = self.args.head_dim**-0.5 * rotate.gain**2
 
+    def behind(
+        self, x: mx.array, update: Update, norm: RMSNorm, cache: Cache | None, adapters: LayerAdapters | None
+    ) -> Sum:
+        """x + update, and what this makes of its norm. Few rows go through norm, q, k and v in one kernel."""
+        if isinstance(cache, JointView) and self.qkv is not None and self.qkv.reads_sum(x, update, cache.adapters):
+            x, projected = self.qkv.of_sum(x, update, norm)
+            return x, self.o_proj.unadapted(self._attend_jointly([projected] * 3, cache, None), cache.adapters)
+        # Without a cache it may be differentiated.
+        x, normed = norm.of_sum(x, update, fused=cache is not None)
+        return x, self(normed, cache, adapters)
+
     def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> Update:
         if isinstance(cache, JointView):
-            return self.o_proj.unadapted(self._attend_jointly(x, cache), cache.adapters)
+            names = [linear.name for linear in (self.q_proj, self.k_proj, self.v_proj)]
+            given = cache.attend_adapters(x.reshape(x.shape[0], self.args.dim), names)
+            y = self._attend_jointly(self._projections(x), cache, given)
+            return self.o_proj.unadapted(y, cache.adapters)
         projected = self._project(x, 0 if cache is None else cache.offset, adapters)
         if isinstance(cache, MixedView):
             parts = zip(*map(cache.parts, projected), cache.views, strict=True)
@@ -132,15 +151,16 @@ class Attention:
         mask = "causal" if cache is None else cache.mask
         return attention(queries, keys, values, scale=self.scale, mask=mask, window=self.args.window)
 
-    def _attend_jointly(self, x: mx.array, cache: JointView) -> mx.array:
-        """Attention of one new token a row, (B, 1, H·d) or as x (B, H·d), by the kernel that begins at the
+    def _attend_jointly(
+        self, projected: Sequence[mx.array], cache: JointView, adapters: AttendAdapters | None
+    ) -> mx.array:
+        """Attention of one new token a row, (B, H·d) or (B, 1, H·d) as `projected`, by the kernel that begins at the
         projections."""
-        args, rows, linears = self.args, x.shape[0], (self.q_proj, self.k_proj, self.v_proj)
+        args, before = self.args, projected[0].shape[:-1]
         # Sizes and no -1: MLX makes no operation of a reshape that it sees to change nothing.
-        q, k, v = (part.reshape(rows, part.shape[-1]) for part in self._projections(x))
+        q, k, v = (part.reshape(before[0], part.shape[-1]) for part in projected)
         width, kv_width = args.heads * args.head_dim, args.kv_heads * args.head_dim
         starts = (0, 0, 0) if self.qkv is None else (0, width, width + kv_width)
-        adapters = cache.attend_adapters(x.reshape(rows, args.dim), [linear.name for linear in linears])
         stored, made = cache.begin(self.index)
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         periods, scale = self.rotate.periods, self.scale
@@ -150,7 +170,7 @@ class Attention:
         )
         y, made = attend(given)
         cache.keep(self.index, made)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.reshape(*before, y.shape[-1])
 
     def _projections(self, x: mx.array) -> Sequence[mx.array]:
         """What q, k and v make of x (…, dim); thrice the same array, side by side, where one product makes them: to
@@ -204,22 +224,15 @@ class MLP:
 
     def behind(
         self, x: mx.array, update: Update, norm: RMSNorm, cache: Cache | None, adapters: LayerAdapters | None
-    ) -> tuple[mx.array, Update]:
+    ) -> Sum:
         """x + update, and what this makes of its norm. Few rows go through norm, gate and up in one kernel."""
-        if isinstance(cache, JointView) and not isinstance(update, LoraInput) and self._in_one(x, cache.adapters):
-            assert self.gate_up is not None
-            x, gated = norm_gate_up(x, update, norm.weight, self.gate_up.columns, norm.eps)
+        gate_up = self.gate_up
+        if isinstance(cache, JointView) and gate_up is not None and gate_up.reads_sum(x, update, cache.adapters):
+            x, gated = gate_up.of_sum(x, update, norm, gated=True)
             return x, self.down_proj.unadapted(gated, cache.adapters)
         # Without a cache it may be differentiated.
         x, normed = norm.of_sum(x, update, fused=cache is not None)
         return x, self(normed, cache, adapters)
-
-    def _in_one(self, x: mx.array, adapters: RowAdapters | None) -> bool:
-        """Whether the kernel takes so many rows, of which no adapter changes gate or up."""
-        if self.gate_up is None or not takes(x, self.gate_up.columns):
-            return False
-        linears = (self.gate_proj, self.up_proj)
-        return adapters is None or all(adapters.sides(linear.name) is None for linear in linears)
 
     def _adapted(self, x: mx.array, adapters: RowAdapters | None) -> LoraSwigluInput | None:
         """Gate and up of one new token a row, x (rows, dim) or (rows, 1, dim), as what the rows' adapters still have to
@@ -249,22 +262,12 @@ class Block:
         )
 
     def __call__(self, x: mx.array, cache: Cache | None, adapters: LayerAdapters | None) -> mx.array:
-        x, update = self._update(x, self.input_layernorm(x), cache, adapters)
-        return x + (lora(update) if isinstance(update, LoraInput) else update)
+        update = self.self_attn(self.input_layernorm(x), cache, adapters)
+        return summed(*self.mlp.behind(x, update, self.post_attention_layernorm, cache, adapters))
 
-    def forward(
-        self, x: mx.array, normed: mx.array, behind: RMSNorm, cache: Cache | None, adapters: LayerAdapters | None
-    ) -> Hidden:
-        """The block of x, of which `normed` is its own norm, with the norm `behind` it: that adds the last part to the
-        rest, in one kernel on a GPU."""
-        x, update = self._update(x, normed, cache, adapters)
-        return behind.of_sum(x, update, fused=cache is not None)
-
-    def _update(
-        self, x: mx.array, normed: mx.array, cache: Cache | None, adapters: LayerAdapters | None
-    ) -> tuple[mx.array, Update]:
-        """What is left to add, and to what."""
-        update = self.self_attn(normed, cache, adapters)
+    def forward(self, x: mx.array, update: Update, cache: Cache | None, adapters: LayerAdapters | None) -> Sum:
+        """The block of x + update, as what is left to add, and to what: a kernel adds it where it is read."""
+        x, update = self.self_attn.behind(x, update, self.input_layernorm, cache, adapters)
         return self.mlp.behind(x, update, self.post_attention_layernorm, cache, adapters)
 
     @property
@@ -354,14 +357,11 @@ class Llama:
             for layer in self.layers:
                 x = run_block(layer, x)
             return self.norm(self._behind(x, anchor))
-        x, normed = self._begin(tokens, anchor)
-        alone = cache is not None and tokens.shape[1] == 1
-        if alone:
-            x, normed = without_tokens((x, normed))
-        for layer, behind in zip(self.layers, self._norms_behind, strict=True):
-            x, normed = layer.forward(x, normed, behind, cache, adapters)
-        hidden = self._end((x, normed), anchor)
-        return hidden[:, None] if alone else hidden
+        hidden: Sum = self._begin(tokens, anchor, whole=cache is None)
+        for layer in self.layers:
+            hidden = layer.forward(*hidden, cache, adapters)
+        last = self._end(hidden, anchor, fused=cache is not None)
+        return last.reshape(*tokens.shape, last.shape[-1])
 
     def _before(self, tokens: mx.array, anchor: mx.array | None = None) -> mx.array:
         """What the first layer takes. `anchor`: as `Shard.of_rank` has it."""
@@ -371,24 +371,20 @@ class Llama:
         """What the last norm takes, of what the last layer gave."""
         return x
 
-    def _begin(self, tokens: mx.array, anchor: mx.array | None = None) -> Hidden:
-        """What the first layer takes, with its norm."""
+    def _begin(self, tokens: mx.array, anchor: mx.array | None = None, *, whole: bool = False) -> Hidden:
+        """What the first layer takes: there is nothing to add yet. `whole`: sequences, also of one token."""
         x = self._before(tokens, anchor)
-        return x, self.layers[0].input_layernorm(x)
+        x = x if whole or tokens.shape[1] > 1 else without_tokens(x)
+        return x, mx.zeros_like(x)
 
-    def _end(self, hidden: Hidden, anchor: mx.array | None = None) -> mx.array:
-        """What the last norm made, of what the last layer gave."""
-        return hidden[1]
-
-    @property
-    def _norms_behind(self) -> list[RMSNorm]:
-        """The norm behind each layer: that of the next, or the last."""
-        return [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
+    def _end(self, hidden: Sum, anchor: mx.array | None = None, *, fused: bool = True) -> mx.array:
+        """What the last norm makes of what the last layer gave. `fused`: as `RMSNorm.of_sum`."""
+        return self.norm.of_sum(*hidden, fused=fused)[1]
 
     @property
     def stretches(self) -> Stretches:
         """The layers, as many together as share an array of `JointKeyValues`."""
-        return Stretches(self._begin, in_parts(list(zip(self.layers, self._norms_behind, strict=True))), self._end)
+        return Stretches(self._begin, in_parts(self.layers), self._end)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (…, vocab), float32, of hidden states (…, dim)."""

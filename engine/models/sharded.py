@@ -8,10 +8,9 @@ from dataclasses import replace
 import mlx.core as mx
 
 from engine.models.kv_sizes import KvSizes
-from engine.models.layers import Embedding, LayerAdapters, Linear, RMSNorm, RowAdapters
+from engine.models.layers import Embedding, LayerAdapters, Linear, RMSNorm, RowAdapters, Sum, summed
 from engine.models.llama import Llama, LlamaArgs
 from engine.models.shard import Shard
-from engine.models.stretches import Hidden
 from engine.weights.tensors import Tensors
 from kernels.lora import LoraInput, lora
 from stoker.errors import ModelError
@@ -153,9 +152,8 @@ class LayersLlama(SharedLlama):
             x = self.shard.of_rank(rank, x, anchor)
         return x
 
-    def _end(self, hidden: Hidden, anchor: mx.array | None = None) -> mx.array:
-        x, _ = hidden
-        return self.norm(self._behind(x, anchor))
+    def _end(self, hidden: Sum, anchor: mx.array | None = None, *, fused: bool = True) -> mx.array:
+        return self.norm(self._behind(summed(*hidden), anchor))
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

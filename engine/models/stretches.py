@@ -15,20 +15,20 @@ import mlx.core as mx
 
 from engine.models.joint import Cache, together
 from engine.models.key_values import Stored
-from engine.models.layers import LayerAdapters, Linear, RMSNorm
+from engine.models.layers import LayerAdapters, Linear, Sum, Update
+from kernels.lora import LoraInput, lora
 
-#: Hidden states, and what the next layer's norm makes of them: (B, T, dim) each, or (B, dim) of one new token a row.
+#: Hidden states, and what is to be added to them: (B, T, dim) each, or (B, dim) of one new token a row.
 Hidden: TypeAlias = tuple[mx.array, mx.array]
 
 
-def without_tokens(hidden: Hidden) -> Hidden:
+def without_tokens(x: mx.array) -> mx.array:
     """Hidden states of one new token a row, (B, 1, dim), as (B, dim).
 
     MLX flattens the input of each product of three dimensions, and unflattens what it makes: eight operations of a
     layer that launch nothing, and that each pass walks all the same.
     """
-    x, normed = hidden
-    return x[:, 0], normed[:, 0]
+    return x[:, 0]
 
 
 #: Attributes that distinguish layers, and nothing that they compute.
@@ -38,31 +38,30 @@ _OWN = ("name", "index")
 class Layer(Protocol):
     @property
     def linears(self) -> Sequence[Linear]: ...
-    def forward(
-        self, x: mx.array, normed: mx.array, behind: RMSNorm, cache: Cache | None, adapters: LayerAdapters | None
-    ) -> Hidden: ...
+    def forward(self, x: mx.array, update: Update, cache: Cache | None, adapters: LayerAdapters | None) -> Sum: ...
 
 
 class Stretch:
-    """`steps`: layers, each with the norm behind it. `index`: the number of the stretch; `first`: of its first layer.
+    """`index`: the number of the stretch; `first`: of its first layer.
 
-    `form`: what they compute, except for the numbers in `weights`. `pattern`: the stretch of this form that is traced.
+    `form`: what the layers compute, except for the numbers in `weights`. `pattern`: the stretch of this form that is
+    traced.
     """
 
-    def __init__(self, index: int, first: int, steps: Sequence[tuple[Layer, RMSNorm]]) -> None:
-        self.index, self.first, self._steps = index, first, steps
+    def __init__(self, index: int, first: int, layers: Sequence[Layer]) -> None:
+        self.index, self.first, self._layers = index, first, layers
         found = _Found()
-        found.visit(steps)
+        found.visit(layers)
         self._slots = found.slots
         self.form: Hashable = tuple(found.form)
         self.weights: list[mx.array] = [getattr(owner, name) for owner, name in self._slots]
         self.pattern = self
         #: The names of all linear layers.
-        self.linears = [linear.name for layer, _ in steps for linear in layer.linears]
+        self.linears = [linear.name for layer in layers for linear in layer.linears]
 
     def place(self, *, joint: bool) -> slice:
         """Where the arrays of these layers are among those of all. `joint`: they share one."""
-        first, count = (self.index, 1) if joint else (self.first, len(self._steps))
+        first, count = (self.index, 1) if joint else (self.first, len(self._layers))
         return slice(first, first + count)
 
     def stored(self, stored: Stored, *, joint: bool) -> Stored:
@@ -76,9 +75,11 @@ class Stretch:
     ) -> Hidden:
         """The layers with these weights, which may be another's of this form."""
         with self._given(weights):
-            for layer, behind in self._steps:
-                hidden = layer.forward(*hidden, behind, cache, adapters)
-        return hidden
+            behind: Sum = hidden
+            for layer in self._layers:
+                behind = layer.forward(*behind, cache, adapters)
+        x, update = behind
+        return x, lora(update) if isinstance(update, LoraInput) else update
 
     @contextmanager
     def _given(self, weights: Sequence[mx.array]) -> Iterator[None]:
@@ -101,11 +102,10 @@ class Stretches(NamedTuple):
     end: Callable[[Hidden], mx.array]
 
 
-def in_parts(steps: Sequence[tuple[Layer, RMSNorm]]) -> list[Stretch]:
-    """All layers, each with the norm behind it, as many together as share an array of `JointKeyValues`; one pattern for
-    all of one form."""
-    parts = together(len(steps))
-    made = [Stretch(index, part.start, steps[part.start : part.stop]) for index, part in enumerate(parts)]
+def in_parts(layers: Sequence[Layer]) -> list[Stretch]:
+    """All layers, as many together as share an array of `JointKeyValues`; one pattern for all of one form."""
+    parts = together(len(layers))
+    made = [Stretch(index, part.start, layers[part.start : part.stop]) for index, part in enumerate(parts)]
     patterns: dict[Hashable, Stretch] = {}
     for stretch in made:
         stretch.pattern = patterns.setdefault(stretch.form, stretch)

@@ -30,8 +30,8 @@ def counted(llama: Llama, rows: int, adapters: StackedLora | None = None, **samp
     return launches(*a_step(llama, rows, adapters, **sampling))
 
 
-@pytest.mark.parametrize(("rows", "most"), [(1, 152), (4, 152), (6, 200), (32, 200)])
-def test_a_step_launches_six_kernels_a_layer_for_few_rows_and_eight_for_more(
+@pytest.mark.parametrize(("rows", "most"), [(1, 129), (4, 129), (6, 201), (32, 201)])
+def test_a_step_launches_five_kernels_a_layer_for_few_rows_and_eight_for_more(
     llama: Llama, rows: int, most: int
 ) -> None:
     """On an H100 it was 346 for one row and 516 for 32: measured, and counted as 326 and 519 in this way."""
@@ -41,30 +41,35 @@ def test_a_step_launches_six_kernels_a_layer_for_few_rows_and_eight_for_more(
     assert found.total() <= most, found
 
 
-@pytest.mark.parametrize(("rows", "most"), [(1, 196), (32, 308)])
-def test_a_step_walks_eight_operations_a_layer_for_few_rows_and_thirteen_for_more(
+@pytest.mark.parametrize(("rows", "most"), [(1, 149), (32, 309)])
+def test_a_step_walks_six_operations_a_layer_for_few_rows_and_thirteen_for_more(
     llama: Llama, rows: int, most: int
 ) -> None:
     """Most of a GPU's step is the host's, which walks views too: 553 operations while products had three dimensions."""
     assert walked(*a_step(llama, rows)) <= most
 
 
-@pytest.mark.parametrize(("target", "together"), [("v_proj", 24), ("o_proj", 0), ("gate_proj", 0), ("up_proj", 0)])
-def test_norm_and_gate_and_up_are_one_kernel_unless_adapters_come_between(
+@pytest.mark.parametrize(
+    ("target", "together"),
+    [("v_proj", 24), ("o_proj", 24), ("gate_proj", 24), ("up_proj", 24), ("down_proj", 25)],
+)
+def test_a_norm_and_what_reads_it_are_one_kernel_unless_adapters_come_between(
     llama: Llama, target: str, together: int
 ) -> None:
-    assert counted(llama, 2, random_adapters(llama, 2, 1, (target,)))["norm_gate_up"] == together
+    """What down makes comes before the q, k and v of all layers except the first."""
+    assert counted(llama, 2)["norm_project"] == 48
+    assert counted(llama, 2, random_adapters(llama, 2, 1, (target,)))["norm_project"] == together
 
 
 def test_sampling_adds_so_many(llama: Llama) -> None:
     found = counted(llama, 32, temperature=0.8, top_p=0.9)
-    assert found.total() <= 207, found
+    assert found.total() <= 208, found
 
 
 def test_adapters_add_so_many(llama: Llama) -> None:
     adapters = random_adapters(llama, 32, 8, ATTENTION)
-    assert counted(llama, 32, adapters).total() <= 200
-    assert walked(*a_step(llama, 32, adapters)) <= 308
+    assert counted(llama, 32, adapters).total() <= 201
+    assert walked(*a_step(llama, 32, adapters)) <= 309
 
 
 @pytest.mark.parametrize("rows", [1, 32])
@@ -74,11 +79,11 @@ def test_with_adapters_on_every_layer_a_step_launches_eight_kernels_a_layer(llam
     adapters = random_adapters(llama, rows, 8)
     found = counted(llama, rows, adapters)
     assert found["lora_swiglu"] == 24
-    assert found.total() <= 200, found
-    assert walked(*a_step(llama, rows, adapters)) <= 244
+    assert found.total() <= 201, found
+    assert walked(*a_step(llama, rows, adapters)) <= 245
 
 
-@pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 512, 301), (16, 64, 325)])
+@pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 512, 302), (16, 64, 326)])
 def test_prompts_launch_what_says_where_they_are_written_once_a_pass(
     llama: Llama, rows: int, tokens: int, most: int
 ) -> None:
@@ -88,7 +93,7 @@ def test_prompts_launch_what_says_where_they_are_written_once_a_pass(
     assert found.total() <= most, found
 
 
-@pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 5, 348), (8, 3, 372)])
+@pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 5, 349), (8, 3, 373)])
 def test_drafts_launch_what_says_where_they_are_written_once_a_pass(
     llama: Llama, rows: int, tokens: int, most: int
 ) -> None:
