@@ -92,7 +92,7 @@ async def answered(call: Call, asked: Generation) -> ASGIApp:
             job = await sending
         except StokerError as error:
             raise asked.names.refusal(error) from None
-        left = partial(waiter.left, job.cancel, partial(_taken, job))
+        left = waiter.has_sent(job.cancel, partial(_taken, job))
         attended = Attendance(call, asked.model, GENERATE.name, job, waiter, left)
         if not asked.stream:
             answer = await whole(call, _whole(asked, job, waiter, attended), left, asked.names)

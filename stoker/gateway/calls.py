@@ -115,11 +115,13 @@ class Call:
         return self.client if self.caller.key is not None else self.client.with_key(user_name(user))
 
     def waits(self, sender: AsyncClient, *, store: bool = False) -> Waiter:
-        """`store`: the job goes on when the client leaves, unless a header says otherwise. The request that sends a job
-        counts what it takes, and one that goes on with its stream counts nothing."""
+        """`store`: the job goes on when the client leaves, unless a header says otherwise; one that the client has
+        named goes on for as long as the same request may come again. The request that sends a job counts what it takes,
+        and one that goes on with its stream counts nothing."""
         keep = store if self.keep is None else self.keep
+        lingers = sender.settings.patience if self.named.given and self.keep is None else 0.0
         key = sender.settings.client_key, self.named.id
-        return Waiter(self.waiting, key, self.spent, keep=keep, counts=not self.named.resumed)
+        return Waiter(self.waiting, key, self.spent, keep=keep, counts=not self.named.resumed, lingers=lingers)
 
     async def spent(self, tokens: int) -> None:
         """Count what the answer took, also for a client that has gone."""

@@ -157,7 +157,8 @@ def asking(served: Served, secret: str, path: str, fields: dict[str, Any]) -> It
     body = json.dumps(fields).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        f"authorization: Bearer {secret}\r\nidempotency-key: j\r\ncontent-length: {len(body)}\r\n\r\n"
+        f"authorization: Bearer {secret}\r\nidempotency-key: j\r\nx-stoker-on-disconnect: cancel\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
         connection.sendall(head.encode() + body)
