@@ -6,11 +6,13 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 
 from stoker.broker.outcome import JobStatus
@@ -189,6 +191,20 @@ def test_a_request_that_is_sent_again_after_its_connection_broke_has_the_answer_
     assert sum(house.access.spent) == 100 + 5 * (path == CHAT)
     assert not house.gateway.waiting.of, "nothing is kept of requests that have left"
     assert not house.gateway.waiting.lingering, "nor of one that came again"
+
+
+def test_openais_package_which_sends_again_what_took_too_long_has_the_answer(
+    house: House, package: openai.OpenAI
+) -> None:
+    impatient = package.with_options(timeout=0.3, max_retries=20)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            impatient.completions.create, model="chat", prompt="Hello", extra_headers={"idempotency-key": "order-7"}
+        )
+        wait_until(lambda: house.gateway.waiting.lingering, "its connection broke")
+        house.let_go()
+        assert answer.result(20).choices[0].text == TEXT
+    assert len(house.fake.sent.jobs) == 1
 
 
 def test_a_job_whose_client_does_not_come_again_is_cancelled_after_the_patience_and_what_it_made_is_counted(
