@@ -104,11 +104,13 @@ def pinned_prefix(request: GenerateRequest, client: str) -> PinnedPrefix:
     return PinnedPrefix(id=uuid.uuid4().hex, time=0.0, client=client, **asked)
 
 
-def train_request(model: str, name: str, dataset: Dataset, job_id: str, fields: Mapping[str, object]) -> TrainRequest:
+def train_request(
+    model: str, name: str, dataset: Dataset, job_id: str, fields: Mapping[str, object], show: Show = brief
+) -> TrainRequest:
     if "steps" in fields and fields.get("epochs") is not None:
         raise InvalidRequest("steps and epochs given; say one of them.")
     source = dataset if _on_worker(dataset) else str(Upload.of("dataset", job_id, b""))
-    return build(TrainRequest, {"model": model, "name": name, "dataset": source, **fields})
+    return build(TrainRequest, {"model": model, "name": name, "dataset": source, **fields}, show)
 
 
 def adapter_request(model: str, name: str, job_id: str, fields: Mapping[str, object]) -> AdapterRequest:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from stoker.contract.base import Message
-from stoker.contract.shown import brief
+from stoker.contract.shown import as_json, brief
 
 #: Objects and lists that may lie in one another: what writes JSON and what reads it give up at depths of their own,
 #: some with an error that names nothing.
@@ -56,12 +56,12 @@ def _check_scalar(name: str, item: Any) -> None:
         return
     if isinstance(item, str):
         if not _is_unicode(item):
-            raise ValueError(f"{name}: not JSON ({brief(item)} holds half of a pair of surrogates)")
+            raise ValueError(f"{name}: not JSON ({as_json(item, 60)} holds half of a pair of surrogates)")
     elif isinstance(item, int):
         if not _LEAST <= item <= _MOST:
-            raise ValueError(f"{name}: a whole number of more than 64 bits ({brief(item)})")
+            raise ValueError(f"{name}: a whole number of more than 64 bits ({as_json(item, 60)})")
     elif not isinstance(item, float) or not math.isfinite(item):
-        raise ValueError(f"{name}: not JSON ({brief(item)} is no value of it)")
+        raise ValueError(f"{name}: not JSON ({as_json(item, 60)} is no value of it)")
 
 
 def _is_unicode(text: str) -> bool:

@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stoker.client._async.client import AsyncClient
 from stoker.client._async.jobs import AsyncEmbedJob, AsyncGenerateJob, AsyncRerankJob
 from stoker.client.options import GenerateOptions
-from stoker.client.requests import Prompt
+from stoker.client.requests import Prompt, generate_request
 from stoker.contract import GenerateResult, StreamToken, Usage
 from stoker.contract.kinds import GENERATE
-from stoker.errors import BrokerUnavailable, JobCancelled, JobLost, StokerError
+from stoker.contract.shown import as_json
+from stoker.errors import BrokerUnavailable, InvalidRequest, JobCancelled, JobLost, StokerError
 from stoker.gateway.attendance import Attendance
 from stoker.gateway.calls import Call, NamedJob, check_owner, sent
 from stoker.gateway.errors import Names, Refused
@@ -71,7 +72,14 @@ class Generation:
     async def send(self, job_id: str) -> AsyncGenerateJob:
         if self.adapter is not None:
             self.options["adapter"] = self.adapter
-        return await self.client.generate(self.prompt, model=self.model, seed=self.seed, job_id=job_id, **self.options)
+        model, prompt, seed = self.model, self.prompt, self.seed
+        try:
+            return await self.client.generate(prompt, model=model, seed=seed, job_id=job_id, **self.options)
+        except InvalidRequest as error:
+            if type(error) is InvalidRequest:
+                # It spells a wrong value as Python does. Found once more, that is spelled as it came: in JSON.
+                generate_request(model, prompt, seed, self.options, as_json)
+            raise
 
     async def made(self, job: AsyncGenerateJob, patience: float | None) -> tuple[bytes, int]:
         """The whole answer as JSON, and the tokens that it took."""
@@ -92,7 +100,7 @@ async def answered(call: Call, asked: Generation) -> ASGIApp:
             job = await sending
         except StokerError as error:
             raise asked.names.refusal(error) from None
-        left = partial(waiter.left, job.cancel, partial(_taken, job))
+        left = waiter.has_sent(job.cancel, partial(_taken, job))
         attended = Attendance(call, asked.model, GENERATE.name, job, waiter, left)
         if not asked.stream:
             answer = await whole(call, _whole(asked, job, waiter, attended), left, asked.names)

@@ -30,8 +30,6 @@ LEAVING = "x-stoker-on-disconnect"
 _OF_THE_ANSWER = {"stream", "stream_options", "encoding_format", "top_n", "return_documents", "user", "metadata"}
 #: Most tokens of an answer that names no limit and whose model nobody serves just now.
 MOST_TOKENS = 32_768
-
-
 #: Characters of a `user` at most.
 LONGEST_USER = 512
 
@@ -108,24 +106,22 @@ class Call:
 
     def sender(self, user: str | None, field: str = "user") -> AsyncClient:
         """The client under whose key the job is sent: that of the API key; where there are none, `user`, which the
-        request calls `field`. Raises `Refused`."""
+        request calls `field`, and which names one of their end users where there are keys. Raises `Refused`."""
         if user is None:
             return self.client
         if not 1 <= len(user) <= LONGEST_USER:
             message = f"{field}: {len(user)} characters given; allowed: 1 to {LONGEST_USER}."
             raise Refused(400, message, param=field, code="invalid_value")
-        name = user_name(user)
-        if self.caller.key not in (None, name):
-            message = f"{field}: {as_json(user)} given; jobs of this key are those of {self.caller.key}. Leave it out."
-            raise Refused(403, message, param=field, code="invalid_value")
-        return self.client.with_key(name)
+        return self.client if self.caller.key is not None else self.client.with_key(user_name(user))
 
     def waits(self, sender: AsyncClient, *, store: bool = False) -> Waiter:
-        """`store`: the job goes on when the client leaves, unless a header says otherwise. The request that sends a job
-        counts what it takes, and one that goes on with its stream counts nothing."""
+        """`store`: the job goes on when the client leaves, unless a header says otherwise; one that the client has
+        named goes on for as long as the same request may come again. The request that sends a job counts what it takes,
+        and one that goes on with its stream counts nothing."""
         keep = store if self.keep is None else self.keep
+        lingers = sender.settings.patience if self.named.given and self.keep is None else 0.0
         key = sender.settings.client_key, self.named.id
-        return Waiter(self.waiting, key, self.spent, keep=keep, counts=not self.named.resumed)
+        return Waiter(self.waiting, key, self.spent, keep=keep, counts=not self.named.resumed, lingers=lingers)
 
     async def spent(self, tokens: int) -> None:
         """Count what the answer took, also for a client that has gone."""

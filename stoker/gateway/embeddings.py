@@ -107,7 +107,7 @@ async def answered(call: Call) -> Response:
             job = await sent(call, embedding.client, embedding.send(call.named.id))
         except StokerError as error:
             raise NAMES.refusal(error) from None
-        left = partial(waiter.left, job.cancel, partial(_taken, job))
+        left = waiter.has_sent(job.cancel, partial(_taken, job))
         attended = Attendance(call, embedding.model, EMBED.name, job, waiter, left)
         answer = await whole(call, _made(call, embedding, job, waiter, attended), left, NAMES)
         return Response(answer, media_type="application/json")

@@ -75,7 +75,7 @@ class FineTuningBody(Body):
         # How many lines are held out is known when they are counted.
         options = self.options(seed, held_out_lines=0 if self.validation_file is None else 1)
         try:
-            asked = train_request(base, self._adapter(job_id), f"{ON_WORKER}x", job_id, dict(options))
+            asked = train_request(base, self._adapter(job_id), f"{ON_WORKER}x", job_id, dict(options), as_json)
         except InvalidRequest as error:
             raise NAMES.refusal(error) from None
         return FineTune(
@@ -122,7 +122,7 @@ class FineTuningBody(Body):
             if name in self.stoker:
                 raise Refused(400, f"stoker.{name}: say it with {where}.", param=f"stoker.{name}", code="invalid_value")
         try:
-            return checked_options(self.stoker, TrainOptions, ())
+            return checked_options(self.stoker, TrainOptions, (), as_json)
         except InvalidRequest as error:
             raise Refused(400, f"stoker.{error}", param="stoker", code="unknown_parameter") from None
 

@@ -93,7 +93,7 @@ async def _ranked(call: Call, body: RerankBody, model: str) -> RerankResult:
             job = await sent(call, client, ranking)
         except StokerError as error:
             raise NAMES.refusal(error) from None
-        left = partial(waiter.left, job.cancel, partial(_taken, job))
+        left = waiter.has_sent(job.cancel, partial(_taken, job))
         attended = Attendance(call, model, RERANK, job, waiter, left)
         return await whole(call, _made(call, job, waiter, attended), left, NAMES)
 

@@ -295,6 +295,25 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert not fake.sent.jobs
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"stop": [""]}, 'stop.0: "" given; expected at least 1 character.'),
+        ({"regex": ""}, 'regex: "" given; expected at least 1 character.'),
+        ({"model": f"{CHAT}:A b"}, 'model: "A b" given; expected NAME or NAME@VERSION'),
+        ({"model": "none", "stop": [""]}, "model 'none' given; of the models warm now"),
+    ],
+)
+def test_what_only_the_job_finds_wrong_is_shown_as_json_spells_it(
+    api: openai.OpenAI, fake: AsyncFakeClient, fields: dict[str, Any], said: str
+) -> None:
+    body = {"model": CHAT, "messages": HELLO, **fields}
+    with pytest.raises(openai.APIStatusError) as caught:
+        api.post("/chat/completions", body=body, cast_to=ChatCompletion)
+    assert str(caught.value.body["message"]).startswith(said)  # type: ignore[index]
+    assert not fake.sent.jobs
+
+
 @pytest.mark.parametrize("name", sorted(ChatBody.REFUSED))
 def test_a_field_that_stoker_does_not_have_is_refused_and_null_is_no_value(
     api: openai.OpenAI, fake: AsyncFakeClient, name: str

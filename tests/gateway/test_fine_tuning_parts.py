@@ -215,6 +215,22 @@ def test_what_cannot_be_asked_of_a_run_is_refused_by_name(fields: dict[str, Any]
     assert (refused.value.status, refused.value.param) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"rank": True}, "stoker.rank: true given; expected a number."),
+        ({"targets": [None]}, "stoker.targets.0: null given; expected a text."),
+        ({"schedule": "none"}, 'stoker.schedule: "none" given; expected "constant", "linear" or "cosine".'),
+        ({"a b": 1}, 'stoker."a b": no such option.'),
+    ],
+)
+def test_an_option_of_a_run_is_shown_as_json_spells_it(own: dict[str, Any], said: str) -> None:
+    body = checked_body(FineTuningBody, ASKED | {"stoker": own})
+    with pytest.raises(Refused) as refused:
+        body.record("ft-1", "team", 100, "base", 7)
+    assert refused.value.message.startswith(said)
+
+
 def test_what_is_remembered_of_a_run_is_what_was_asked() -> None:
     body = checked_body(FineTuningBody, ASKED | {"suffix": "style", "seed": 3, "metadata": {"a": "b"}})
     found = body.record("ft-1", "team", 100, "base", 7)

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,19 +144,44 @@ def test_a_key_uses_its_own_models_and_its_jobs_are_those_of_its_client(
         with pytest.raises(openai.PermissionDeniedError, match="may use m") as caught:
             api.chat.completions.create(model="other:x", messages=HELLO)
         assert (caught.value.param, caught.value.code) == ("model", "model_not_allowed")
-        with pytest.raises(openai.PermissionDeniedError, match="Leave it out"):
-            api.chat.completions.create(model="m", messages=HELLO, user="another")
-        body = json.dumps({"model": "m", "messages": HELLO}).encode()
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            f"authorization: Bearer {secret}\r\nidempotency-key: j\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        with socket.create_connection(("127.0.0.1", served.port)) as connection:
-            connection.sendall(head.encode() + body)
+        with asking(served, secret, "/v1/chat/completions", {"model": "m", "messages": HELLO}):
             wait_until(lambda: client.sender("j") is not None, "the job is there")
         assert client.sender("j") == "team"
         # The client has gone, and its job with it.
         wait_until(lambda: client.link.status("j") == "cancelled", "the job is cancelled")
+
+
+@contextmanager
+def asking(served: Served, secret: str, path: str, fields: dict[str, Any]) -> Iterator[None]:
+    """A request with the key, whose job is `j`."""
+    body = json.dumps(fields).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"authorization: Bearer {secret}\r\nidempotency-key: j\r\nx-stoker-on-disconnect: cancel\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.sendall(head.encode() + body)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"user": "ada@example.com"}),
+        ("/v1/messages", {"metadata": {"user_id": f"user_{'0f' * 32}_account__session_6f9619ff"}, "max_tokens": 9}),
+    ],
+    ids=["openai", "anthropic"],
+)
+def test_with_a_key_any_user_may_be_named_and_the_job_is_the_keys_all_the_same(
+    served: Served, redis: Any, broker: Settings, path: str, fields: dict[str, Any]
+) -> None:
+    """Clients name their end user by themselves; they know nothing of the names of keys."""
+    secret = made(redis)
+    with Client(settings=broker) as client:
+        with asking(served, secret, path, {"model": "m", "messages": HELLO, **fields}):
+            wait_until(lambda: client.sender("j") is not None, "the job is there")
+        assert client.sender("j") == "team"
 
 
 @pytest.mark.parametrize("stored", [b"", b"{", b"[]", b'{"client": 1}', b"\xff", b'{"requests": "x"}'])

@@ -6,21 +6,25 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 
 from stoker.broker.outcome import JobStatus
 from stoker.client.in_memory import memory
 from stoker.client.in_memory.answers import generated
 from stoker.contract import Usage
-from stoker.errors import BrokerUnavailable
+from stoker.errors import BrokerUnavailable, StokerError
 from stoker.gateway.app import Gateway
 from stoker.gateway.waiting import Waiter, Waiting
+from stoker.settings import Settings
 from stoker.testing import AsyncFakeClient
+from tests import hurried
 from tests.conftest import wait_until
 from tests.gateway.machinery import Served
 from tests.gateway.test_spending import BODIES, MODELS, Counting
@@ -34,8 +38,8 @@ USAGE = Usage(prompt_tokens=100, completion_tokens=5)
 class House:
     """A gateway over a client in memory, whose jobs hang until they are let go."""
 
-    def __init__(self, served: Served) -> None:
-        self.fake, self.access = AsyncFakeClient(models=MODELS), Counting()
+    def __init__(self, served: Served, patience: float = 30.0) -> None:
+        self.fake, self.access = AsyncFakeClient(models=MODELS, settings=Settings(patience=patience)), Counting()
         self.fake.script.generate(TEXT, hangs=True, times=None)
         self.fake.script.embed(hangs=True)
         self.fake.script.rerank([0.5, 0.25], hangs=True)
@@ -58,12 +62,13 @@ class House:
 
     @contextmanager
     def asked(
-        self, path: str = CHAT, *, said: str = "cancel", name: str = "idempotency-key: order-7", **fields: Any
+        self, path: str = CHAT, *, said: str | None = "cancel", name: str = "idempotency-key: order-7", **fields: Any
     ) -> Iterator[socket.socket]:
-        """A request that waits, and has left behind."""
+        """A request that waits, and has left behind. `said`: what becomes of its job then."""
         body, before = json.dumps({**BODIES[path], **fields}).encode(), self.waiting
         head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        head += f"{name}\r\nx-stoker-on-disconnect: {said}\r\ncontent-length: {len(body)}\r\n\r\n"
+        head += "" if said is None else f"x-stoker-on-disconnect: {said}\r\n"
+        head += f"{name}\r\ncontent-length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", self._port), timeout=20) as connection:
             connection.sendall(head.encode() + body)
             wait_until(lambda: self.waiting == before + 1 and self.fake.sent.jobs, "it has sent its job")
@@ -162,6 +167,147 @@ def test_a_job_that_only_its_readers_wait_for_is_counted_for_the_one_that_sent_i
         house.let_go()
         wait_until(lambda: sum(house.access.spent) == 105, "it is counted once")
         wait_until(lambda: house.waiting == 0, "the other has all")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [(CHAT, {}), (CHAT, STREAM), ("/v1/embeddings", {}), ("/v1/rerank", {})],
+    ids=["whole", "streamed", "embeddings", "rerank"],
+)
+def test_a_request_that_is_sent_again_after_its_connection_broke_has_the_answer_and_is_counted_once(
+    house: House, path: str, fields: dict[str, Any]
+) -> None:
+    """Clients do so by themselves."""
+    for _ in range(2):
+        with house.asked(path, said=None, **fields):
+            pass
+    with house.asked(path, said=None, **fields) as again:
+        house.let_go()
+        assert again.recv(65536).startswith(b"HTTP/1.1 200")
+        while again.recv(65536):
+            pass
+    assert len(house.fake.sent.jobs) == 1
+    wait_until(lambda: sum(house.access.spent) >= 100, "it is counted")
+    assert sum(house.access.spent) == 100 + 5 * (path == CHAT)
+    assert not house.gateway.waiting.of, "nothing is kept of requests that have left"
+    assert not house.gateway.waiting.lingering, "nor of one that came again"
+
+
+def test_openais_package_which_sends_again_what_took_too_long_has_the_answer(
+    house: House, package: openai.OpenAI
+) -> None:
+    impatient = package.with_options(timeout=0.3, max_retries=20)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            impatient.completions.create, model="chat", prompt="Hello", extra_headers={"idempotency-key": "order-7"}
+        )
+        wait_until(lambda: house.gateway.waiting.lingering, "its connection broke")
+        house.let_go()
+        assert answer.result(20).choices[0].text == TEXT
+    assert len(house.fake.sent.jobs) == 1
+
+
+def test_a_job_whose_client_does_not_come_again_is_cancelled_after_the_patience_and_what_it_made_is_counted(
+    house: House, running: Served
+) -> None:
+    impatient = House(running, patience=0.01)
+    with impatient.asked(said=None):
+        pass
+    wait_until(lambda: impatient.status is JobStatus.CANCELLED, "it is cancelled")
+    wait_until(lambda: impatient.access.spent == [5], "it is counted")
+    assert not impatient.gateway.waiting.lingering
+
+
+def test_a_stream_that_is_gone_on_with_after_its_connection_broke_is_counted_once(house: House) -> None:
+    with house.asked(said=None, **STREAM):
+        pass
+    wait_until(lambda: house.access.spent, "what came is counted")
+    house.let_go()
+    assert "night" in house.goes_on("order-7:0.0").text
+    wait_until(lambda: sum(house.access.spent) == 105, "it is counted once")
+    assert not house.gateway.waiting.lingering
+
+
+def test_what_a_stream_that_is_only_gone_on_with_had_is_counted_for_the_request_that_counts(house: House) -> None:
+    with house.asked(said=None, **STREAM):
+        pass
+    wait_until(lambda: house.access.spent, "what came is counted")
+    # As if another gateway had sent the job, which ended before it counted.
+    house.access.spent.clear()
+    ((key, before),) = house.gateway.waiting.lingering.items()
+    house.gateway.waiting.lingering[key] = replace(before, counted=None)
+    with house.asked(said=None, name="last-event-id: order-7:0", **STREAM):
+        pass
+    with house.asked(said=None) as whole:
+        house.let_go()
+        assert whole.recv(65536).startswith(b"HTTP/1.1 200")
+    assert house.access.spent == [105]
+
+
+class Left:
+    """A request that has left its job, in time that is simulated; how it goes on with others for the same job."""
+
+    def __init__(self) -> None:
+        self.waiting, self.cancelled_at = Waiting(), list[float]()
+        self.trouble: StokerError | None = None
+
+    def waiter(self) -> Waiter:
+        return Waiter(self.waiting, ("team", "order-7"), _ignored, keep=False, counts=True, lingers=30.0)
+
+    async def cancel(self) -> None:
+        self.cancelled_at.append(asyncio.get_running_loop().time())
+        if self.trouble is not None:
+            raise self.trouble
+
+    async def begins(self) -> None:
+        with self.waiter() as waiter:
+            await waiter.has_sent(self.cancel, _nothing)()
+
+
+async def _ignored(tokens: int) -> None: ...
+
+
+async def _nothing() -> int:
+    return 0
+
+
+def test_a_job_is_cancelled_where_the_request_that_came_again_was_refused() -> None:
+    left = Left()
+
+    async def run() -> None:
+        await left.begins()
+        with left.waiter():
+            await asyncio.sleep(45)
+            assert not left.cancelled_at, "the other one may be accepted yet"
+        await asyncio.sleep(30)
+
+    hurried.run(run())
+    assert left.cancelled_at == [60]
+
+
+def test_each_time_that_a_request_comes_again_its_job_is_waited_for_anew() -> None:
+    left = Left()
+
+    async def run() -> None:
+        for _ in range(3):
+            await left.begins()
+            await asyncio.sleep(20)
+        await asyncio.sleep(20)
+
+    hurried.run(run())
+    assert left.cancelled_at == [70], "once, 30 seconds behind the last one"
+
+
+def test_a_job_that_cannot_be_cancelled_behind_its_client_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    left = Left()
+    left.trouble = BrokerUnavailable("no answer.")
+
+    async def run() -> None:
+        await left.begins()
+        await asyncio.sleep(31)
+
+    hurried.run(run())
+    assert "job order-7, whose client has left, is not cancelled: no answer." in caplog.text
 
 
 def test_a_gateway_that_ends_waits_for_nothing_on_behalf_of_clients_that_have_left() -> None:

@@ -205,10 +205,10 @@ def test_json_may_be_so_deep_and_so_large_and_no_more(monkeypatch: pytest.Monkey
         ({1: "x"}, "1 as a name; names are texts"),
         ([{None: "x"}], "None as a name"),
         ({"a": b"x"}, "is no value of it"),
-        ([float("nan")], "is no value of it"),
+        ([float("nan")], r"\(NaN is no value of it\)"),
         ([2**64], "more than 64 bits"),
         ([-(2**63) - 1], "more than 64 bits"),
-        (["\ud800"], "half of a pair of surrogates"),
+        (["a \ud800"], r'\("a \\ud800" holds half of a pair of surrogates\)'),
         ({"\ud800": 1}, "half of a pair of surrogates"),
     ],
 )

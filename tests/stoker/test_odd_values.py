@@ -251,7 +251,7 @@ def ask_with(**fields: Any) -> GenerateRequest:
         (2**64, "64 bits"),
         (-(2**63) - 1, "64 bits"),
         (10**5000, "64 bits"),
-        (math.nan, "nan"),
+        (math.nan, "NaN"),
         ("\ud800", "surrogates"),
         ({"\ud800": 1}, "surrogates"),
         ({1: 2}, "names are texts"),

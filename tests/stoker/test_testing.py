@@ -214,8 +214,57 @@ def test_waiting_without_a_limit_for_a_job_that_hangs_ends_with_a_clear_error(mo
     monkeypatch.setattr(memory_link, "HANGS", 0.02)
     client = FakeClient()
     client.script.generate(hangs=True)
-    with pytest.raises(NotScripted, match="hangs, as its answer says; nothing cancelled it"):
+    with pytest.raises(NotScripted, match=r"nothing cancelled it, and it has no deadline\. Give it one, cancel it, or"):
         client.generate("x").result()
+
+
+def test_a_job_that_hangs_is_waited_for_until_its_deadline_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_link, "HANGS", 0.02)
+    client = FakeClient()
+    client.script.generate("a", hangs=True, times=None)
+    with pytest.raises(DeadlineExceeded):
+        client.generate("x", deadline=0.1).result()
+    with pytest.raises(DeadlineExceeded):
+        list(client.generate("x", deadline=0.1).stream())
+    with pytest.raises(JobTimeout):
+        client.generate("x", deadline=5).result(timeout=0.05)
+
+
+class Time:
+    """The clock of a test: each look at it takes `step` seconds."""
+
+    def __init__(self, step: float = 0.0) -> None:
+        self.now, self.step = 100.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def test_a_deadline_passes_by_the_clock_of_the_test() -> None:
+    clock = Time()
+    client = FakeClient(clock=clock)
+    client.script.generate("a", hangs=True, times=None)
+    late, later = client.generate("x", deadline=3600), client.generate("x", deadline=7200)
+    clock.now += 3599
+    assert late.status() is JobStatus.QUEUED
+    clock.now += 1
+    with pytest.raises(DeadlineExceeded, match="stopped at its deadline"):
+        late.result(timeout=5)
+    assert client.jobs()[later.id]["age"] == 3600
+    clock.step = 60.0
+    with pytest.raises(DeadlineExceeded):
+        list(later.stream())
+
+
+def test_a_clock_that_stands_still_before_a_deadline_ends_the_wait_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_link, "HANGS", 0.02)
+    client = FakeClient(clock=Time())
+    client.script.generate(hangs=True)
+    with pytest.raises(NotScripted, match=r"which stands still, its deadline is 3600 s away\. Let that clock go on"):
+        client.generate("x", deadline=3600).result()
 
 
 def test_a_job_that_hangs_ends_at_its_deadline_behind_what_it_has_made() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from stoker.client._async.client import AsyncClient
 from stoker.client._async.memory_link import AsyncMemoryLink
@@ -17,8 +17,9 @@ class AsyncFakeClient(AsyncClient):
 
     `models`: model → what it can do (`embed` or `rerank`; `generate`, `train`, `adapters`); without: the two models of
     a worker that was started without options. `adapters`: names that generation may ask for from the start.
-    `may_load`: what `models.load` may make warm besides, in the form of `models`. Requests, options,
-    results, tokens and errors are the real ones, and wrong input is refused as by the real client.
+    `may_load`: what `models.load` may make warm besides, in the form of `models`. `clock`: seconds, by which the
+    deadlines of jobs that hang pass; without: real ones. Requests, options, results, tokens and errors are the real
+    ones, and wrong input is refused as by the real client.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class AsyncFakeClient(AsyncClient):
         may_load: Mapping[str, Iterable[str]] | None = None,
         key: str | None = None,
         settings: Settings | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        self._memory = Memory(settings or load_settings(client_key=key), models, adapters, may_load)
+        self._memory = Memory(settings or load_settings(client_key=key), models, adapters, may_load, clock)
         super().__init__(link=AsyncMemoryLink(self._memory))
 
     def __repr__(self) -> str:

@@ -27,7 +27,7 @@ E = TypeVar("E", StreamToken, TrainReport)
 
 #: Seconds between two looks at a job that hangs.
 PAUSE = 0.005
-#: Seconds after which a test waits for nothing.
+#: Seconds after which a test waits for nothing, where no deadline comes nearer.
 HANGS = 10.0
 
 
@@ -82,14 +82,18 @@ class MemoryLink:
         (self._end(job_id, timeout)).unwrap(job_id)
 
     def _end(self, job_id: str, timeout: float | None) -> Outcome:
-        limit = TimeLimit(job_id, HANGS if timeout is None else timeout)
+        limit, left = TimeLimit(job_id, HANGS if timeout is None else timeout), self._memory.time_left(job_id)
         while (outcome := self._memory.end(job_id)) is None:
             try:
                 sleep(limit.slice(PAUSE))
             except JobTimeout:
                 if timeout is not None:
                     raise
-                raise NotScripted(f"job {job_id} hangs, as its answer says; nothing cancelled it.") from None
+                raise NotScripted(_why_it_hangs(job_id, left)) from None
+            before, left = left, self._memory.time_left(job_id)
+            if timeout is None and before is not None and left is not None and left < before:
+                # Its end comes nearer.
+                limit.restart()
         return outcome
 
     def vectors(self, job_id: str, reply: EmbedReply) -> Encoded:
@@ -133,3 +137,16 @@ class MemoryLink:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _why_it_hangs(job_id: str, left: float | None) -> str:
+    """`left`: seconds until its deadline, by a clock that stands still."""
+    if left is None:
+        return (
+            f"job {job_id} hangs, as its answer says; nothing cancelled it, and it has no deadline. Give it one, "
+            "cancel it, or wait with a timeout."
+        )
+    return (
+        f"job {job_id} hangs, as its answer says; nothing cancelled it, and by the client's own clock, which stands "
+        f"still, its deadline is {left:g} s away. Let that clock go on, cancel the job, or wait with a timeout."
+    )

@@ -6,8 +6,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from stoker.adapters import existing
@@ -65,7 +65,8 @@ class _Job:
     answer: Answer
     entries: tuple[Entry, ...]
     blob: bytes | None
-    submitted: float = field(default_factory=time.monotonic)
+    #: By the memory's clock.
+    submitted: float
     status: JobStatus = JobStatus.QUEUED
     #: Entries that were made: those that were asked for, and all once the job has ended.
     made: int = 0
@@ -75,10 +76,10 @@ class _Job:
     asked: str = ""
 
     @property
-    def is_overdue(self) -> bool:
-        """Whether it hangs and is past its deadline. Others take no time."""
+    def due(self) -> float | None:
+        """When its deadline ends it; None for one without, and for one that does not hang, because it takes no time."""
         deadline = self.sent.request.deadline
-        return self.answer.ending.hangs and deadline is not None and time.monotonic() - self.submitted >= deadline
+        return self.submitted + deadline if self.answer.ending.hangs and deadline is not None else None
 
     @property
     def summary(self) -> Summary:
@@ -96,13 +97,16 @@ class Memory:
         models: Mapping[str, Iterable[str]] | None = None,
         adapters: Iterable[str] = (),
         may_load: Mapping[str, Iterable[str]] | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        """`adapters`: names that have a version 1, which serves, at each model that generates."""
+        """`adapters`: names that have a version 1, which serves, at each model that generates. `clock`: seconds, by
+        which deadlines pass; None: real ones."""
         self.settings, self.script, self.registry = settings, Script(), Registry()
         self.sent, self.prefixes = Sent(), Prefixes()
         self._models = Models(models, may_load or {}, self._running, self._refuse)
         self._jobs: dict[str, _Job] = {}
         self._blobs: dict[str, bytes] = {}
+        self._clock = clock or time.monotonic
         self._lock = threading.RLock()
         for name in adapters:
             checked(Rule.NAME, "adapters", name)
@@ -130,7 +134,7 @@ class Memory:
 
     def _take(self, sent: SentJob, asked: str = "") -> None:
         answer = self.script.answer(sent.request.ability)
-        self._jobs[sent.job_id] = _Job(sent, answer, *_made(sent.request, answer), asked=asked)
+        self._jobs[sent.job_id] = _Job(sent, answer, *_made(sent.request, answer), self._clock(), asked=asked)
         self.sent.jobs.append(sent)
 
     def job(self, job_id: str) -> _Job:
@@ -139,9 +143,17 @@ class Memory:
             raise lost(job_id)
         with self._lock:
             job = self._jobs[job_id]
-            if job.is_overdue:
+            if self._is_late(job):
                 self._run(job)
             return job
+
+    def _is_late(self, job: _Job) -> bool:
+        return job.due is not None and self._clock() >= job.due
+
+    def time_left(self, job_id: str) -> float | None:
+        """Seconds until the deadline of a job that hangs; None where it has none."""
+        due = self.job(job_id).due
+        return None if due is None else due - self._clock()
 
     def ability(self, job_id: str) -> str | None:
         return self._jobs[job_id].sent.request.ability if job_id in self._jobs else None
@@ -186,7 +198,7 @@ class Memory:
                 job.entries = ()
 
     def _outcome(self, job: _Job) -> Outcome | None:
-        late = DeadlineExceeded(f"job {job.sent.job_id} was stopped at its deadline.") if job.is_overdue else None
+        late = DeadlineExceeded(f"job {job.sent.job_id} was stopped at its deadline.") if self._is_late(job) else None
         error = job.error or job.answer.ending.error or late
         if error is not None:
             return Outcome(JobStatus.FAILED, {"exc_type": type(error).__name__, "exc_message": str(error)})
@@ -267,7 +279,7 @@ class Memory:
 
     def jobs(self) -> dict[str, OpenJob]:
         """Those that have not ended, oldest first."""
-        return {job_id: _listed(job) for job_id, job in self._open().items()}
+        return {job_id: _listed(job, self._clock()) for job_id, job in self._open().items()}
 
     def dead(self) -> dict[str, Letter]:
         """Jobs whose answer ends with `JobDead`."""
@@ -293,11 +305,11 @@ def _shape(encoded: Encoded) -> tuple[int, int]:
     return rows, dim
 
 
-def _listed(job: _Job) -> OpenJob:
+def _listed(job: _Job, now: float) -> OpenJob:
     request = job.sent.request
     listed = OpenJob(
         kind=request.kind, model=request.model, client=job.sent.client, priority=request.priority,
-        age=time.monotonic() - job.submitted,
+        age=now - job.submitted,
     )  # fmt: skip
     return OpenJob(**listed, worker=WORKER) if job.status is JobStatus.RUNNING else listed
 
