@@ -69,11 +69,12 @@ def _cell(rows: int, adapters: int = 0) -> Cell:
 
 CELLS = {"1 row": _cell(1), "32 rows": _cell(32), "32 rows over 8 adapters": _cell(32, 8)}
 #: In the long form too: what one kernel alone is worth.
-LEFT_OUT = ("greedy", "attend", "lora_add_rms_norm", "add_rms_norm")
+LEFT_OUT = {1: ("norm_project",), 32: ("greedy", "attend", "add_rms_norm")}
 ALONE = {
-    "32 rows, one kernel less": Cell(
-        "all kernels", Setting(32), {f"without {name}": Setting(32, kernels=_without(name)) for name in LEFT_OUT}
+    f"{rows} row{'s' if rows > 1 else ''}, one kernel less": Cell(
+        "all kernels", Setting(rows), {f"without {name}": Setting(rows, kernels=_without(name)) for name in names}
     )
+    for rows, names in LEFT_OUT.items()
 }
 #: And keys and values in fewer bits, by the kernels, and without them by MLX's own operations.
 PACKED = {
@@ -197,7 +198,9 @@ def random_adapters(
 
 
 def main() -> int:
-    options = parser(__doc__).parse_args()
+    made = parser(__doc__)
+    made.add_argument("--part", action="append", dest="parts", help="the cell of this name alone (1 row, 32 rows, …)")
+    options = made.parse_args()
     if of_machine() == "reference":
         print("No GPU that MLX knows: a decode step launches nothing here.", file=sys.stderr)
         return 1
@@ -205,7 +208,8 @@ def main() -> int:
     llama = random_llama()
     cells, rounds = (CELLS, QUICK) if options.quick else (CELLS | ALONE | PACKED, ROUNDS)
     for name, cell in cells.items():
-        record.part(name, partial(measured, llama, name, cell, rounds))
+        if not options.parts or name in options.parts:
+            record.part(name, partial(measured, llama, name, cell, rounds))
     return int(record.failed)
 
 
