@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,3 +54,11 @@ def test_a_worker_that_is_inspected_answers_with_its_brokers_address_and_no_logi
     assert "hunter2" not in sent
     assert URLS[url] in sent
     assert reply.get("pid" if command == "stats" else "task_serializer"), "the rest is Celery's"
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_celerys_report_of_a_worker_holds_no_login(url: str) -> None:
+    control.install()
+    text = Panel.data["report"](worker_at(url))["ok"]
+    assert "hunter2" not in text
+    assert re.search("broker_url: .*//[*]{3}@", text)

@@ -11,6 +11,7 @@ are lost.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from celery.worker import control
@@ -20,6 +21,7 @@ from workers.context import WorkerContext
 
 Reply = dict[str, str]
 
+LOGIN = re.compile(r"//[^\s'@]*@")
 #: Settings of Celery's that hold the broker's login.
 URLS = frozenset({"broker_url", "broker_read_url", "broker_write_url", "result_backend"})
 
@@ -55,6 +57,12 @@ def conf(state: Any, with_defaults: bool = False, **_: object) -> dict[str, Any]
     return {name: _shown(state) if value and name in URLS else value for name, value in found.items()}
 
 
+def report(state: Any, **_: object) -> Reply:
+    """As Celery's, without the logins of its URLs."""
+    found: Reply = control.report(state)
+    return {what: LOGIN.sub("//***@", text) for what, text in found.items()}
+
+
 def _shown(state: Any) -> str:
     context: WorkerContext = state.app.context
     return context.settings.address.shown
@@ -62,5 +70,5 @@ def _shown(state: Any) -> str:
 
 def install() -> None:
     """Answer these in place of Celery's own; who may be asked for what stays in Celery's table."""
-    for command in (revoke, terminate, revoke_by_stamped_headers, stats, conf):
+    for command in (revoke, terminate, revoke_by_stamped_headers, stats, conf, report):
         Panel.data[command.__name__] = command
