@@ -6,12 +6,11 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import redis
 
 from stoker.local.broker import EmbeddedBroker
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE, wait_until
 
 KEYS = 4000
 #: Microseconds for each key: all of them would take twenty seconds. A client has its answer after one or two of them.
@@ -42,12 +41,23 @@ def fill(url: str) -> None:
             pipeline.set(f"stoker:blob:vectors:{number}", value(number), ex=3600)
         pipeline.execute()
         # As a snapshot: of an append-only file a broker reads a thousand commands before it answers at all.
-        client.bgrewriteaof()
-        wait_until(lambda: rewritten(client.info("persistence")), "the append-only file is rewritten")
+        rewrite(client)
 
 
-def rewritten(info: dict[str, Any]) -> bool:
-    return not info["aof_rewrite_in_progress"] and not info["aof_rewrite_scheduled"]
+def rewrite(client: redis.Redis, seconds: float = PATIENCE) -> None:
+    """Have the broker write its append-only file anew, as a snapshot. It does so by itself no more: what comes later
+    stays behind the snapshot."""
+    # The broker refuses where it has just begun by itself, as it does once the file has grown much.
+    client.config_set("auto-aof-rewrite-percentage", 0)
+    wait_until(lambda: not _rewrites(client), "the broker's own rewriting has ended", seconds)
+    client.bgrewriteaof()
+    wait_until(lambda: not _rewrites(client), "the append-only file is rewritten", seconds)
+    assert client.info("persistence")["aof_last_bgrewrite_status"] == "ok"
+
+
+def _rewrites(client: redis.Redis) -> bool:
+    info = client.info("persistence")
+    return bool(info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"])
 
 
 class Load:

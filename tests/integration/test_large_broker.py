@@ -11,8 +11,8 @@ import redis
 
 from stoker.local.broker import EmbeddedBroker
 from stoker.local.stack import Stack
-from tests.conftest import EMBED_MODEL, stack_settings, wait_until
-from tests.loading import rewritten
+from tests.conftest import EMBED_MODEL, stack_settings
+from tests.loading import rewrite
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -29,8 +29,7 @@ def fill(url: str) -> None:
             for number in range(MEGABYTES * 2**20 // VALUE // 2):
                 client.set(f"stoker:blob:vectors:{half}-{number}", os.urandom(VALUE), ex=24 * 3600)
             if not half:
-                client.bgrewriteaof()
-                wait_until(lambda: rewritten(client.info("persistence")), "the file is rewritten", 300)
+                rewrite(client, 300)
 
 
 def test_every_start_with_much_data_comes_up(tmp_path: Path) -> None:

@@ -269,12 +269,15 @@ def test_the_text_on_the_terminal_goes_on_when_the_worker_is_killed(fragile: Fra
         undisturbed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
         assert undisturbed.returncode == 0, undisturbed.stderr
         with worker_on(fragile, tmp_path / "two"):
-            terminal = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            # With a buffer, `communicate` would not see what came with the text that was read before.
+            terminal = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
             assert terminal.stdout is not None
             owner = wait_until(
                 lambda: next((job["worker"] for job in client.jobs().values() if "worker" in job), None), "it runs"
             )
-            seen = terminal.stdout.read(200)
+            seen = b""
+            while len(seen) < 200 and (more := terminal.stdout.read(200)):
+                seen += more
             pid = next(worker.pid for worker in client.workers() if worker.worker == owner)
             os.kill(pid, signal.SIGKILL)
             rest, errors = terminal.communicate(timeout=400)

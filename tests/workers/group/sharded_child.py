@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #: The first is shared by its heads, the others by their layers; the last runs a file of mlx-lm.
 MODELS = ("tiny", "odd", "recurrent")
 #: Seconds that a job may take: three ranks have a core each on few machines, and a token has a dozen exchanges.
-PATIENCE = 120
+PATIENCE = 240
 #: Tokens of a stream that is cancelled before it has them, on any machine; and those of one next to a run that are
 #: compared.
 ENDLESS, COMPARED = 3000, 60
