@@ -56,9 +56,10 @@ class Flat:
         return found
 
     def scaled(self, scale: float, dtype: mx.Dtype) -> Matrices:
-        """The same in `dtype`, with all `b` times `scale`. Not evaluated."""
+        """The same in `dtype`, with all `b` times `scale`. What takes memory is evaluated, and parts of it are not."""
         first = next((index for index, place in enumerate(self.places) if place.side == "b"), len(self.places))
         border = sum(math.prod(place.shape) for place in self.places[:first])
-        found = parts_of(self.numbers[:border].astype(dtype), self.places[:first])
-        scaled = parts_of((self.numbers[border:] * scale).astype(dtype), self.places[first:])
+        rest, b = self.numbers[:border].astype(dtype), (self.numbers[border:] * scale).astype(dtype)
+        mx.eval(rest, b)
+        found, scaled = parts_of(rest, self.places[:first]), parts_of(b, self.places[first:])
         return {layer: {**sides, **scaled[layer]} for layer, sides in found.items()}

@@ -275,8 +275,6 @@ class AdapterPool:
         layer, where they are known."""
         dtype = self._model.decoder.dtype
         own = self._sides(weights, norms)
-        # Before they are in the stacks: where there is no memory for them, each pass would try again to evaluate them.
-        mx.eval(own)
         for name, stack in self._stacks.items():
             sides = own.get(name, {})
             for side, array in stack.items():
@@ -307,10 +305,13 @@ class AdapterPool:
 
     def _sides(self, weights: LoraWeights, norms: Mapping[str, mx.array]) -> Matrices:
         """An adapter's sides as the stacks hold them: of one that came as one array in a few operations, each of which
-        is a launch on a GPU, and not in some for each layer."""
+        is a launch on a GPU, and not in some for each layer. What takes memory is evaluated, before it is in the
+        stacks: where there is none for it, each pass would try again to evaluate it."""
         if isinstance(weights.given, Flat) and not weights.config.dora:
             return weights.given.scaled(weights.config.scale, self._model.decoder.dtype)
-        return {layer: self._folded(layer, weights, norms.get(layer)) for layer in weights.matrices}
+        found = {layer: self._folded(layer, weights, norms.get(layer)) for layer in weights.matrices}
+        mx.eval(found)
+        return found
 
     def _folded(self, layer: str, weights: LoraWeights, norms: mx.array | None) -> dict[str, mx.array]:
         if norms is None and weights.config.dora:
