@@ -54,8 +54,13 @@ Update: TypeAlias = mx.array | LoraInput
 Sum: TypeAlias = tuple[mx.array, Update]
 
 
+def adapted(update: Update) -> mx.array:
+    """What is added, with what the rows' adapters change of it."""
+    return lora(update) if isinstance(update, LoraInput) else update
+
+
 def summed(x: mx.array, update: Update) -> mx.array:
-    return x + (lora(update) if isinstance(update, LoraInput) else update)
+    return x + adapted(update)
 
 
 class Linear:

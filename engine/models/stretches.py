@@ -15,8 +15,7 @@ import mlx.core as mx
 
 from engine.models.joint import Cache, together
 from engine.models.key_values import Stored
-from engine.models.layers import LayerAdapters, Linear, Sum, Update
-from kernels.lora import LoraInput, lora
+from engine.models.layers import LayerAdapters, Linear, Sum, Update, adapted
 
 #: Hidden states, and what is to be added to them: (B, T, dim) each, or (B, dim) of one new token a row.
 Hidden: TypeAlias = tuple[mx.array, mx.array]
@@ -79,7 +78,7 @@ class Stretch:
             for layer in self._layers:
                 behind = layer.forward(*behind, cache, adapters)
         x, update = behind
-        return x, lora(update) if isinstance(update, LoraInput) else update
+        return x, adapted(update)
 
     @contextmanager
     def _given(self, weights: Sequence[mx.array]) -> Iterator[None]:
